@@ -1,0 +1,77 @@
+"""Projected gradient descent (Madry et al., 2018), and its one-step relatives, as one loop.
+
+FGSM (Goodfellow et al., 2015) is one step of eps from the image itself; FGSM-RS (Wong et al., 2020) one step of
+1.25 eps from a uniform start; PGD several smaller steps from a uniform start.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rst_jax.losses import correct, cross_entropy
+from rst_jax.threat import ThreatModel
+
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def pgd(
+    logits_fn: Callable[..., Any],
+    images: jax.Array,
+    labels: jax.Array,
+    threat: ThreatModel,
+    *,
+    steps: int,
+    step_size: float,
+    start: jax.Array | None = None,
+    loss: Loss = cross_entropy,
+    rest_when_broken: bool = False,
+    memory: Any = None,
+    unroll: bool = False,
+) -> Any:
+    """Adversarial images for a classifier.
+
+    Each step moves the images by `step_size` along the steepest ascent of the loss and projects them into the
+    threat model. Only the images are differentiated.
+
+    Args:
+      logits_fn: images [N, ...] to logits [N, classes]. With `memory`, (images, memory) to (logits, memory):
+        the running statistics of a network that is attacked in training mode.
+      images: [N, ...] in the threat model's box.
+      labels: [N] integers.
+      threat: norm, eps, box.
+      steps: gradient steps.
+      step_size: in image units.
+      start: noise [N, ...] added (and projected) before the first step; see `ThreatModel.noise`.
+      loss: (logits, labels) to [N], to be increased.
+      rest_when_broken: an example stays where it is once it is misclassified.
+      memory: a tree carried through the forward passes, or None.
+      unroll: a flat program instead of a loop.
+
+    Returns:
+      The adversarial images; with `memory`, (adversarial images, memory).
+    """
+    stateful = memory is not None
+
+    def objective(adversarial: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        logits, memory = logits_fn(adversarial, memory) if stateful else (logits_fn(adversarial), None)
+        return jnp.sum(loss(logits, labels)), (correct(logits, labels), memory)
+
+    def step(adversarial: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        gradient, (standing, memory) = jax.grad(objective, has_aux=True)(adversarial, memory)
+        moved = threat.project(adversarial + step_size * threat.steepest(gradient), images)
+        if rest_when_broken:
+            moved = jnp.where(standing.reshape(-1, *(1,) * (images.ndim - 1)), moved, adversarial)
+        return moved, memory
+
+    adversarial = images if start is None else threat.project(images + start, images)
+    if unroll:
+        for _ in range(steps):
+            adversarial, memory = step(adversarial, memory)
+    else:
+        (adversarial, memory), _ = lax.scan(
+            lambda carry, _: (step(*carry), None), (adversarial, memory), None, steps
+        )
+    return (adversarial, memory) if stateful else adversarial

@@ -1,0 +1,53 @@
+"""Batches, made inside jit from a dataset that lives on the device: order, gathering, augmentation.
+
+Every random choice hangs on (key, epoch) or (key, step, example id), so a batch does not depend on how many
+devices share it or where a run was resumed.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@flax.struct.dataclass
+class Images:
+    """A split on the device: images uint8 [N, H, W, C], labels int32 [N], ids int32 [N]; `levels` means 1.0."""
+
+    images: jax.Array
+    labels: jax.Array
+    ids: jax.Array
+    levels: int = flax.struct.field(pytree_node=False)
+
+    def take(self, index: jax.Array, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Images in [0, 1], labels and ids at `index`."""
+        images = self.images[index].astype(dtype) / jnp.asarray(self.levels, dtype)
+        return images, self.labels[index], self.ids[index]
+
+
+def epoch_order(key: jax.Array, epoch: jax.Array, n: int) -> jax.Array:
+    """The order of the n training examples in an epoch: int32 [n]."""
+    return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(n, dtype=jnp.int32))
+
+
+def example_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
+    """A key for each example, from its id: [N]."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+
+
+def augment(keys: jax.Array, images: jax.Array, crop_padding: int, flip: bool) -> jax.Array:
+    """Random crops of zero-padded images, mirrored with probability 1/2; one key an image."""
+    if not crop_padding and not flip:
+        return images
+    p, (h, w, c) = crop_padding, images.shape[1:]
+    padded = jnp.pad(images, ((0, 0), (p, p), (p, p), (0, 0)))
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        where, side = jax.random.split(key)
+        top, left = jax.random.randint(where, (2,), 0, 2 * p + 1)
+        image = lax.dynamic_slice(image, (top, left, jnp.zeros_like(top)), (h, w, c))
+        return jnp.where(flip & jax.random.bernoulli(side), image[:, ::-1], image)
+
+    return jax.vmap(one)(keys, padded)

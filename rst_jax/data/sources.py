@@ -1,0 +1,161 @@
+"""Where images come from: the embedded digits, array files, TFDS.
+
+All of them end as a `Dataset`: training, held-out and test images as integers, with the constants that turn
+them into a network's input.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from rst_jax.config import Config
+
+# Of each channel, on the [0, 1] scale; other datasets use those of their own training images.
+STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "svhn_cropped": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images uint8 [N, H, W, C] and labels int32 [N]; an example's id is its place in the source's split."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: np.ndarray) -> "Split":
+        """The examples at `index`, with their ids."""
+        return Split(self.images[index], self.labels[index], self.ids[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A dataset in memory.
+
+    Attributes:
+      levels: the integer that means 1.0 (255; 16 for the digits).
+      mean, std: of each channel, on the [0, 1] scale.
+    """
+
+    name: str
+    train: Split
+    holdout: Split
+    test: Split
+    num_classes: int
+    levels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def scaled(self, split: Split) -> np.ndarray:
+        """The images of a split as float32 in [0, 1]."""
+        return split.images.astype(np.float32) / np.float32(self.levels)
+
+
+def load_dataset(config: Config) -> Dataset:
+    """The dataset that the configuration names.
+
+    The held-out images are a fixed subset of the training images: those whose draws from a Philox stream of
+    key 0 are the smallest `holdout`.
+
+    Raises:
+      ValueError: missing or malformed data; the message says what to do.
+    """
+    levels = 255
+    if config.dataset == "digits":
+        train, test, levels = *_digits(), 16
+    elif config.dataset == "npz":
+        train, test = _npz(Path(config.data_path).expanduser())
+    else:
+        train, test = _tfds(config.dataset, Path(config.data_dir).expanduser())
+    if config.holdout >= len(train):
+        raise ValueError(
+            f"config: holdout must be smaller than the {len(train)} training images; got {config.holdout}."
+        )
+    order = np.argsort(np.random.Philox(key=0).random_raw(len(train)), kind="stable")
+    rest, held_out = (
+        train.take(np.sort(order[config.holdout :])),
+        train.take(np.sort(order[: config.holdout])),
+    )
+    mean, std = STATISTICS.get(config.dataset) or _statistics(rest.images, levels)
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    return Dataset(config.dataset, rest, held_out, test, classes, levels, mean, std)
+
+
+def _statistics(images: np.ndarray, levels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    scaled = images.reshape(-1, images.shape[-1]) / levels
+    return tuple(round(float(v), 4) for v in scaled.mean(0)), tuple(round(float(v), 4) for v in scaled.std(0))
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+    return Split(images, np.asarray(labels, np.int32), np.arange(len(labels), dtype=np.int32))
+
+
+def _digits() -> tuple[Split, Split]:
+    """scikit-learn's 1,797 scanned digits, 8x8, 17 grey levels; test: every fifth image, from the first (360)."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images, labels = bunch.images.astype(np.uint8)[..., None], bunch.target
+    is_test = np.arange(len(labels)) % 5 == 0
+    return _split(images[~is_test], labels[~is_test]), _split(images[is_test], labels[is_test])
+
+
+def _npz(path: Path) -> tuple[Split, Split]:
+    if not path.is_file():
+        raise ValueError(f"config: data_path must name an .npz file; there is none at {path}.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")}
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected an .npz file with x_train, y_train, x_test and y_test; {error}."
+        ) from error
+    for name, array in found.items():
+        if name[0] == "x" and (array.dtype != np.uint8 or array.ndim != 4):
+            raise ValueError(f"{path}: {name} must be uint8 [N, H, W, C]; got {array.dtype} {array.shape}.")
+        if name[0] == "y" and (not np.issubdtype(array.dtype, np.integer) or array.ndim != 1):
+            raise ValueError(f"{path}: {name} must be integers [N]; got {array.dtype} {array.shape}.")
+    splits = []
+    for part in ("train", "test"):
+        x, y = found[f"x_{part}"], found[f"y_{part}"]
+        if len(x) != len(y) or not len(x):
+            raise ValueError(
+                f"{path}: {part} has {len(x)} images and {len(y)} labels; expected as many, at least one."
+            )
+        splits.append(_split(x, y))
+    return splits[0], splits[1]
+
+
+def _tfds(name: str, data_dir: Path) -> tuple[Split, Split]:
+    prepare = (
+        f"pip install 'rst_jax[prepare]' && python -c \"import tensorflow_datasets as tfds; "
+        f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
+    )
+    if not (data_dir / name).is_dir():
+        raise ValueError(
+            f"config: dataset {name!r} is not prepared in data_dir {data_dir}. Prepare it once with:\n  {prepare}\n"
+            "or take --config.dataset=npz --config.data_path=FILE.npz"
+        )
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        sources = [builder.as_data_source(split) for split in ("train", "test")]
+    except Exception as error:  # TFDS raises its own kinds for each of a missing file, version and format
+        raise ValueError(
+            f"{data_dir / name}: TFDS could not read it in array_record format ({error}). Prepare it with:\n  {prepare}"
+        ) from error
+    splits = []
+    for source in sources:
+        examples = [source[i] for i in range(len(source))]
+        splits.append(
+            _split(np.stack([e["image"] for e in examples]), np.asarray([e["label"] for e in examples]))
+        )
+    return splits[0], splits[1]

@@ -1,0 +1,53 @@
+"""Devices and processes: one mesh axis, "data"; state is replicated over it, batches are split."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "data"
+Tree = Any
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices of all processes (or of those given), in one axis."""
+    return Mesh(np.asarray(devices if devices is not None else jax.devices()), (AXIS,))
+
+
+def replicate(tree: Tree, mesh: Mesh) -> Tree:
+    """Arrays that every process holds alike, as global arrays on every device."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def put(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
+def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A host array [N, ...] that every process holds, as a global array split over the devices by rows."""
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+
+
+def fetch(tree: Tree) -> Tree:
+    """Global arrays, replicated or split by rows, as whole NumPy arrays on every process."""
+
+    def get(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        return np.asarray(leaf)
+
+    return jax.tree.map(get, tree)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and talks to people."""
+    return jax.process_index() == 0

@@ -1,0 +1,60 @@
+"""The networks, by name.
+
+Every constructor takes num_classes, mean, std, dtype, param_dtype and bn_axis and returns a Flax Linen module
+called as `module.apply(variables, images, train=...)` on images [N, H, W, C] in [0, 1]; it normalises them
+itself and returns logits [N, num_classes]. Modules know nothing of masks. Submodule names are those of the
+paper's released code with "_" for ".", so its checkpoints map onto ours by that rule alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from rst_jax.models import convnet, resnet, wide_resnet
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "conv2": convnet.conv2,
+    "conv4": convnet.conv4,
+    "conv6": convnet.conv6,
+    "conv8": convnet.conv8,
+    "resnet_digits": resnet.resnet_digits,
+    "resnet18": resnet.resnet18,
+    "resnet34": resnet.resnet34,
+    "resnet50": resnet.resnet50,
+    "resnet101": resnet.resnet101,
+    "resnet152": resnet.resnet152,
+    "wrn10_1": wide_resnet.wrn10_1,
+    "wrn28_10": wide_resnet.wrn28_10,
+    "wrn34_10": wide_resnet.wrn34_10,
+}
+
+
+def make_model(
+    name: str,
+    num_classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    bn_axis: str | None = None,
+) -> nn.Module:
+    """The network `name`.
+
+    Args:
+      name: a key of `MODELS`.
+      num_classes: logits an image.
+      mean, std: of each channel, on the [0, 1] scale; the network computes (images - mean) / std.
+      dtype: of the computation; logits come out as float32 at least.
+      param_dtype: of the weights and statistics.
+      bn_axis: a mesh axis over which batch statistics are averaged; None keeps them on each device.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}.")
+    return MODELS[name](
+        num_classes=num_classes, mean=mean, std=std, dtype=dtype, param_dtype=param_dtype, bn_axis=bn_axis
+    )

@@ -1,0 +1,47 @@
+"""Conv2/4/6/8 (Frankle and Carbin, 2019): pairs of 3x3 convolutions with max pooling, then three dense layers.
+
+No batch norm. Features are flattened channels first, so that the released code's weights fit.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+
+from rst_jax.models.layers import Network, conv
+
+
+class ConvNet(Network):
+    """Pairs of convolutions of the given widths.
+
+    Attributes:
+      widths: channels of each pair; the image is halved after each.
+    """
+
+    widths: tuple[int, ...] = (64, 128)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Images [N, H, W, C] in [0, 1] to logits [N, num_classes]; `train` changes nothing here."""
+        x = self.normalise(images)
+        for pair, width in enumerate(self.widths):
+            for place in (5 * pair, 5 * pair + 2):
+                x = nn.relu(conv(width, 3, 1, self, f"convs_{place}")(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        for place, features in ((0, 256), (2, 256), (4, self.num_classes)):
+            dense = nn.Dense(
+                features,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=f"linear_{place}",
+            )
+            x = dense(x if place == 0 else nn.relu(x))
+        return x.astype(self.param_dtype)
+
+
+conv2 = partial(ConvNet, widths=(64,))
+conv4 = partial(ConvNet, widths=(64, 128))
+conv6 = partial(ConvNet, widths=(64, 128, 256))
+conv8 = partial(ConvNet, widths=(64, 128, 256, 512))

@@ -1,0 +1,88 @@
+"""ResNet for small images (He et al., 2016; post-activation, as in the paper's released code).
+
+3x3 stem, stages of 64/128/256/512 channels, 1x1 convolution + batch norm on the shortcut where shapes change,
+mean over the remaining pixels, bias-free head.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rst_jax.models.layers import Network, batch_norm, conv
+
+
+class Block(nn.Module):
+    """A residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels at the end."""
+
+    channels: int
+    stride: int
+    bottleneck: bool
+    dtype: Any
+    param_dtype: Any
+    bn_axis: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """x [N, H, W, C] to [N, H / stride, W / stride, channels (* 4)]."""
+        out = self.channels * (4 if self.bottleneck else 1)
+        plan = (
+            [(self.channels, 1, 1), (self.channels, 3, self.stride), (out, 1, 1)]
+            if self.bottleneck
+            else [(self.channels, 3, self.stride), (out, 3, 1)]
+        )
+        y = x
+        for i, (channels, size, stride) in enumerate(plan, 1):
+            y = conv(channels, size, stride, self, f"conv{i}")(y)
+            y = batch_norm(self, f"bn{i}")(y, train)
+            if i < len(plan):
+                y = nn.relu(y)
+        if self.stride != 1 or x.shape[-1] != out:
+            x = conv(out, 1, self.stride, self, "shortcut_0")(x)
+            x = batch_norm(self, "shortcut_1")(x, train)
+        return nn.relu(x + y)
+
+
+class ResNet(Network):
+    """A stem and stages of residual blocks; the first block of each stage but the first halves the image.
+
+    Attributes:
+      blocks: residual blocks a stage.
+      widths: channels a stage; the stem has the first.
+      stem_stride: 2 halves small images at once.
+      bottleneck: three-layer blocks (ResNet-50 and deeper).
+    """
+
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    stem_stride: int = 1
+    bottleneck: bool = False
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Images [N, H, W, C] in [0, 1] to logits [N, num_classes]."""
+        x = conv(self.widths[0], 3, self.stem_stride, self, "conv1")(self.normalise(images))
+        x = nn.relu(batch_norm(self, "bn1")(x, train))
+        for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True), 1):
+            for i in range(count):
+                stride = 2 if i == 0 and stage > 1 else 1
+                x = Block(
+                    width,
+                    stride,
+                    self.bottleneck,
+                    self.dtype,
+                    self.param_dtype,
+                    self.bn_axis,
+                    name=f"layer{stage}_{i}",
+                )(x, train)
+        return self.logits(jnp.mean(x, axis=(1, 2)))
+
+
+resnet18 = partial(ResNet, blocks=(2, 2, 2, 2))
+resnet34 = partial(ResNet, blocks=(3, 4, 6, 3))
+resnet50 = partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True)
+resnet101 = partial(ResNet, blocks=(3, 4, 23, 3), bottleneck=True)
+resnet152 = partial(ResNet, blocks=(3, 8, 36, 3), bottleneck=True)
+resnet_digits = partial(ResNet, blocks=(1, 1), widths=(64, 64), stem_stride=2)

@@ -1,0 +1,202 @@
+"""Masks over parameter trees: patterns, the exact top-k mask, the straight-through gradient.
+
+A ticket is `weights = params * mask(scores)`. Scores live beside the parameters, in a tree of their own
+with one leaf for each kernel (a leaf named "kernel" of two or more axes, channels last: HWIO or IO). A
+score's shape is the kernel's with the axes that share it reduced to 1, so that masks broadcast.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rst_jax.config import Pattern
+
+Tree = Any
+
+
+def is_kernel(path: tuple, leaf: Any) -> bool:
+    """Whether a parameter leaf is searched: named "kernel" and of two or more axes."""
+    return getattr(path[-1], "key", None) == "kernel" and len(leaf.shape) >= 2
+
+
+def score_shape(kernel_shape: tuple[int, ...], pattern: Pattern) -> tuple[int, ...]:
+    """Shape of the scores of a kernel [..., in, out]: 1 where weights share a score.
+
+    element: one score a weight. row: one for each (height, in, out) of an HWIO kernel. kernel: one for each
+    (in, out). filter: one for each out. In a dense kernel [in, out] rows and kernels are single weights.
+    """
+    *window, inputs, outputs = kernel_shape
+    if pattern == "element":
+        return tuple(kernel_shape)
+    if pattern == "row":
+        return (*window[:-1], *(1 for _ in window[-1:]), inputs, outputs)
+    if pattern == "kernel":
+        return (*(1 for _ in window), inputs, outputs)
+    if pattern == "filter":
+        return (*(1 for _ in window), 1, outputs)
+    raise ValueError(f"pattern must be element, row, kernel or filter; got {pattern!r}.")
+
+
+def kept_count(n: int, remaining_ratio: float) -> int:
+    """How many of n scores stay: n - int((1 - ratio) * n), in float64 as the released code counts."""
+    return n - int((1 - remaining_ratio) * n)
+
+
+def kept_counts(scores: Tree, remaining_ratio: float) -> Tree:
+    """The kept count of every layer (int32 scalars in the scores' tree): arguments of the step, not constants.
+
+    Raises:
+      ValueError: a layer would keep nothing; the layer is named.
+    """
+    if not 0 < remaining_ratio <= 1:
+        raise ValueError(f"remaining ratio must be in (0, 1]; got {remaining_ratio}.")
+
+    def count(path: tuple, leaf: Any) -> np.ndarray:
+        kept = kept_count(leaf.size, remaining_ratio)
+        if kept < 1:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)}: remaining ratio {remaining_ratio} keeps none of {leaf.size} scores; "
+                f"take a ratio of at least {1 / leaf.size:.2g}."
+            )
+        return np.asarray(kept, np.int32)
+
+    return jax.tree_util.tree_map_with_path(count, scores)
+
+
+def _kth_largest(keys: jax.Array, k: jax.Array, bits: int) -> jax.Array:
+    """The largest t with at least k keys >= t, found bit by bit: `bits` counts, no sort."""
+
+    def try_bit(i: jax.Array, t: jax.Array) -> jax.Array:
+        candidate = t | (jnp.ones((), keys.dtype) << (bits - 1 - i).astype(keys.dtype))
+        return jnp.where(jnp.sum(keys >= candidate, dtype=jnp.int32) >= k, candidate, t)
+
+    return lax.fori_loop(0, bits, try_bit, jnp.zeros((), keys.dtype))
+
+
+def _index(shape: tuple[int, ...]) -> jax.Array:
+    """Place of each score in the released code's order: OIHW for a kernel HWIO, C order for one axis."""
+    major_first = (len(shape) - 1, len(shape) - 2, *range(len(shape) - 2)) if len(shape) > 1 else (0,)
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis in major_first:
+        index = index * jnp.uint32(shape[axis]) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return index
+
+
+def top_k_mask(scores: jax.Array, kept: jax.Array | int) -> jax.Array:
+    """Boolean mask of exactly `kept` scores: the largest |score|; among equals the later index wins.
+
+    The index counts in the released code's order (out, in, height, width). `kept` may be traced, so one
+    program serves every remaining ratio. The threshold is found over the float's integer view, whose order is
+    the magnitude's.
+    """
+    kept = jnp.asarray(kept, jnp.int32)
+    width = jnp.finfo(scores.dtype).bits
+    keys = lax.bitcast_convert_type(jnp.abs(scores), jnp.dtype(f"uint{width}"))
+    threshold = _kth_largest(keys, kept, width - 1)
+    above = jnp.sum(keys > threshold, dtype=jnp.int32)
+    tied = keys == threshold
+
+    def cut_ties() -> jax.Array:
+        rank = jnp.where(tied, _index(scores.shape) + jnp.uint32(1), jnp.uint32(0))
+        last = _kth_largest(rank, kept - above, int(scores.size).bit_length())
+        return (keys > threshold) | (tied & (rank >= last))
+
+    exact = above + jnp.sum(tied, dtype=jnp.int32) == kept
+    mask = lax.cond(exact, lambda: keys >= threshold, cut_ties)
+    return mask & (kept > 0)
+
+
+@jax.custom_vjp
+def straight_through(weights: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """weights * mask, with edge-popup's straight-through gradient for the scores (Ramanujan et al., 2020).
+
+    d loss / d score = sign(score) * sum over the score's group of (d loss / d weight * weight), for every score,
+    kept or not; d loss / d weight passes through the mask.
+    """
+    return weights * mask.astype(weights.dtype)
+
+
+def _forward(weights: jax.Array, scores: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple]:
+    return weights * mask.astype(weights.dtype), (weights, scores, mask)
+
+
+def _backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    weights, scores, mask = residuals
+    shared = tuple(axis for axis, n in enumerate(scores.shape) if n != weights.shape[axis])
+    group = jnp.sum(g * weights, axis=shared, keepdims=True)
+    return g * mask.astype(g.dtype), jnp.sign(scores) * group.astype(scores.dtype), None
+
+
+straight_through.defvjp(_forward, _backward)
+
+
+def masks(scores: Tree, kept: Tree) -> Tree:
+    """The boolean mask of every layer, in the scores' tree and shapes; `kept` as from `kept_counts`."""
+    return jax.tree.map(top_k_mask, scores, kept)
+
+
+def materialise(params: Tree, scores: Tree, drawn: Tree) -> Tree:
+    """The subnetwork's weights, whose gradient reaches the scores straight through the masks `drawn` from them.
+
+    Parameters without scores are passed on as they are.
+    """
+    return _at_kernels(straight_through, params, scores, drawn)
+
+
+def apply_masks(params: Tree, fixed: Tree) -> Tree:
+    """params * mask for masks that are not being searched; parameters without a mask stay as they are."""
+    return _at_kernels(lambda weight, mask: weight * jnp.asarray(mask, weight.dtype), params, fixed)
+
+
+def _at_kernels(combine: Any, params: Tree, *trees: Tree) -> Tree:
+    if not isinstance(params, dict):
+        return combine(params, *trees)
+    return {
+        name: _at_kernels(combine, value, *(tree[name] for tree in trees)) if name in trees[0] else value
+        for name, value in params.items()
+    }
+
+
+def pack(mask: Tree) -> Tree:
+    """Masks as bytes, eight to a byte, most significant bit first, in C order."""
+    return jax.tree.map(lambda m: np.packbits(np.asarray(m, bool).reshape(-1)), mask)
+
+
+def unpack(packed: Tree, shapes: Tree) -> Tree:
+    """The inverse of `pack`; `shapes` is a tree of arrays or ShapeDtypeStructs of the masks' shapes."""
+    return jax.tree.map(
+        lambda p, s: np.unpackbits(np.asarray(p), count=int(np.prod(s.shape))).astype(bool).reshape(s.shape),
+        packed,
+        shapes,
+    )
+
+
+def kernels(params: Tree) -> Tree:
+    """The subtree of the kernels alone.
+
+    Raises:
+      ValueError: there is none.
+    """
+
+    def visit(tree: Tree) -> Tree:
+        found = {name: visit(value) if isinstance(value, dict) else value for name, value in tree.items()}
+        return {
+            name: value
+            for name, value in found.items()
+            if (value if isinstance(value, dict) else is_kernel((jax.tree_util.DictKey(name),), value))
+        }
+
+    found = visit(params)
+    if not found:
+        raise ValueError(
+            "the model has no kernel to mask: expected parameters named 'kernel' of two or more axes."
+        )
+    return found
+
+
+def score_structs(params: Tree, pattern: Pattern, dtype: Any = jnp.float32) -> Tree:
+    """ShapeDtypeStructs of the scores of every kernel in `params`."""
+    return jax.tree.map(lambda k: jax.ShapeDtypeStruct(score_shape(k.shape, pattern), dtype), kernels(params))
