@@ -44,9 +44,7 @@ def get_config() -> ConfigDict:
     c.attack.steps = 7  # gradient steps; 0 trains on clean images
     c.attack.step_size = 2 / 255  # in [0, 1] image units
     c.attack.random_start = True  # uniform in the threat model's ball
-    c.attack.batch_norm = (
-        "train"  # train: batch statistics, running ones updated at each forward (paper) | eval
-    )
+    c.attack.batch_norm = "train"  # train: batch statistics, running ones updated at each forward (paper) | eval
 
     # The outer minimisation: SGD on the scores.
     c.batch_size = 256  # images a step over all devices; the last, short batch of an epoch is used
@@ -80,9 +78,7 @@ def get_config() -> ConfigDict:
 
     # The machine.
     c.compute_dtype = "auto"  # auto: bfloat16 on GPU and TPU, float32 on CPU | float32 | bfloat16 | float64
-    c.bn_sync = (
-        False  # batch statistics over all devices (a collective in every forward) instead of per device
-    )
+    c.bn_sync = False  # batch statistics over all devices (a collective in every forward) instead of per device
     c.unroll = "auto"  # auto | scan | unroll: the attack loop; auto unrolls on a CPU
     c.steps_per_dispatch = 0  # training steps a dispatch; 0: one on a CPU, up to 64 elsewhere
     c.compilation_cache = "~/.cache/rst_jax"  # "" turns the persistent compilation cache off

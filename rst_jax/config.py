@@ -151,16 +151,12 @@ def _build(cls: Any, fields: Mapping[str, Any], prefix: str) -> Any:
             raise ValueError(unknown_field(prefix + name, field_names()))
     missing = [prefix + name for name in known if name not in fields]
     if missing:
-        raise ValueError(
-            f"config: missing {', '.join(missing)}; start from configs/base.py, which sets every field."
-        )
+        raise ValueError(f"config: missing {', '.join(missing)}; start from configs/base.py, which sets every field.")
     values = {}
     for name, kind in known.items():
         value = fields[name]
         is_section = dataclasses.is_dataclass(kind)
-        values[name] = (
-            _build(kind, value, prefix + name + ".") if is_section else _cast(value, kind, prefix + name)
-        )
+        values[name] = _build(kind, value, prefix + name + ".") if is_section else _cast(value, kind, prefix + name)
     return cls(**values)
 
 
@@ -211,9 +207,9 @@ def _check(c: Config) -> None:
         True,
         "Draw one ratio a run.",
     )
-    need(
-        0 <= c.threat.eps <= 1, "threat.eps", "in [0, 1]", c.threat.eps, pixels
-    ) if c.threat.norm == "linf" else need(c.threat.eps >= 0, "threat.eps", "at least 0", c.threat.eps)
+    need(0 <= c.threat.eps <= 1, "threat.eps", "in [0, 1]", c.threat.eps, pixels) if c.threat.norm == "linf" else need(
+        c.threat.eps >= 0, "threat.eps", "at least 0", c.threat.eps
+    )
     for section, attack in (("attack", c.attack), ("evaluate", c.evaluate)):
         need(attack.steps >= 0, f"{section}.steps", "at least 0", attack.steps)
         need(

@@ -25,9 +25,7 @@ def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
     return window * shape[-2], window * shape[-1]
 
 
-def signed_kaiming_constant(
-    key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: Any
-) -> jax.Array:
+def signed_kaiming_constant(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: Any) -> jax.Array:
     """+-sqrt(2 / fan_in), the sign at random (Ramanujan et al., 2020); the paper's default."""
     std = _GAIN / math.sqrt(_fans(shape)[0] * fan_scale)
     return std * jax.random.rademacher(key, shape, dtype)

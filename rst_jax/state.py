@@ -51,9 +51,7 @@ def make_schedule(optimizer: config_lib.Optimizer, epochs: int, steps_per_epoch:
             progress = (time - o.warmup_epochs) / max(epochs - o.warmup_epochs, 1)
             factor = 0.5 * (1 + jnp.cos(math.pi * jnp.clip(progress, 0.0, 1.0)))
         else:
-            boundaries = (
-                o.boundaries if o.schedule == "piecewise" else range(o.decay_every, epochs + 1, o.decay_every)
-            )
+            boundaries = o.boundaries if o.schedule == "piecewise" else range(o.decay_every, epochs + 1, o.decay_every)
             passed = sum((time >= boundary).astype(jnp.float32) for boundary in boundaries) + jnp.zeros(())
             factor = jnp.float32(o.decay_factor) ** passed
         if o.warmup_epochs:

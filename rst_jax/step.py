@@ -75,9 +75,7 @@ def make_update(
         )
         return logits, changed.get("batch_stats", stats)
 
-    def attack(
-        weights: Tree, images: jax.Array, labels: jax.Array, noise: Any, stats: Tree
-    ) -> tuple[jax.Array, Tree]:
+    def attack(weights: Tree, images: jax.Array, labels: jax.Array, noise: Any, stats: Tree) -> tuple[jax.Array, Tree]:
         run = partial(
             pgd,
             images=images,
@@ -128,8 +126,14 @@ def make_update(
         if not searching:
             updates = subnet.apply_masks(updates, masks)
         trained = optax.apply_updates(trained, updates)
-        state = state.replace(step=state.step + 1, batch_stats=stats, opt_state=opt_state)
-        return state.replace(**{s.trainable: trained}), metrics
+        state = TicketState(
+            step=state.step + 1,
+            params=state.params if searching else trained,
+            scores=trained if searching else state.scores,
+            batch_stats=stats,
+            opt_state=opt_state,
+        )
+        return state, metrics
 
     return update
 
@@ -162,9 +166,7 @@ def make_train_step(
     update = make_update(model, optimizer, settings, AXIS)
     per_device = rows // mesh.size
     if per_device * mesh.size != rows or not rows:
-        raise ValueError(
-            f"a batch of {rows} images cannot be split over {mesh.size} devices; take a multiple."
-        )
+        raise ValueError(f"a batch of {rows} images cannot be split over {mesh.size} devices; take a multiple.")
 
     def one(
         state: TicketState, data: Images, order: jax.Array, first: jax.Array, selection: Tree, key: jax.Array
@@ -213,9 +215,7 @@ def make_attack_step(
     are replicated, the rest is split by rows over the mesh; padding rows may hold anything.
     """
 
-    def attack(
-        variables: Tree, images: jax.Array, labels: jax.Array, ids: jax.Array, key: jax.Array
-    ) -> jax.Array:
+    def attack(variables: Tree, images: jax.Array, labels: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
         noise = threat.noise(example_keys(jax.random.wrap_key_data(key), ids), images)
         return pgd(
             lambda x: model.apply(variables, x, train=False),

@@ -148,7 +148,7 @@ def materialise(params: Tree, scores: Tree, drawn: Tree) -> Tree:
 
 def apply_masks(params: Tree, fixed: Tree) -> Tree:
     """params * mask for masks that are not being searched; parameters without a mask stay as they are."""
-    return _at_kernels(lambda weight, mask: weight * jnp.asarray(mask, weight.dtype), params, fixed)
+    return _at_kernels(lambda weight, mask: weight * mask.astype(weight.dtype), params, fixed)
 
 
 def _at_kernels(combine: Any, params: Tree, *trees: Tree) -> Tree:
@@ -191,9 +191,7 @@ def kernels(params: Tree) -> Tree:
 
     found = visit(params)
     if not found:
-        raise ValueError(
-            "the model has no kernel to mask: expected parameters named 'kernel' of two or more axes."
-        )
+        raise ValueError("the model has no kernel to mask: expected parameters named 'kernel' of two or more axes.")
     return found
 
 

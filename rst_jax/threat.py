@@ -61,9 +61,7 @@ class ThreatModel:
         else:
             delta = adversarial - images
             length = _per_example(_norm(delta), delta)
-            inside = images + delta * jnp.minimum(1.0, self.eps / jnp.maximum(length, 1e-12)).astype(
-                delta.dtype
-            )
+            inside = images + delta * jnp.minimum(1.0, self.eps / jnp.maximum(length, 1e-12)).astype(delta.dtype)
         return jnp.clip(inside, self.lower, self.upper)
 
     def distance(self, adversarial: jax.Array, images: jax.Array) -> jax.Array:
@@ -76,8 +74,6 @@ class ThreatModel:
     def violations(self, adversarial: jax.Array, images: jax.Array, tolerance: float = 1e-6) -> jax.Array:
         """Which images left the ball or the box by more than `tolerance`, or are not finite: bool [N]."""
         axes = tuple(range(1, images.ndim))
-        outside = jnp.any(
-            (adversarial < self.lower - tolerance) | (adversarial > self.upper + tolerance), axis=axes
-        )
+        outside = jnp.any((adversarial < self.lower - tolerance) | (adversarial > self.upper + tolerance), axis=axes)
         finite = jnp.all(jnp.isfinite(adversarial), axis=axes)
         return outside | ~finite | (self.distance(adversarial, images) > self.eps + tolerance)

@@ -71,7 +71,5 @@ def pgd(
         for _ in range(steps):
             adversarial, memory = step(adversarial, memory)
     else:
-        (adversarial, memory), _ = lax.scan(
-            lambda carry, _: (step(*carry), None), (adversarial, memory), None, steps
-        )
+        (adversarial, memory), _ = lax.scan(lambda carry, _: (step(*carry), None), (adversarial, memory), None, steps)
     return (adversarial, memory) if stateful else adversarial

@@ -52,6 +52,7 @@ class Dataset:
     levels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_names: tuple[str, ...]
 
     def scaled(self, split: Split) -> np.ndarray:
         """The images of a split as float32 in [0, 1]."""
@@ -68,12 +69,13 @@ def load_dataset(config: Config) -> Dataset:
       ValueError: missing or malformed data; the message says what to do.
     """
     levels = 255
+    names: tuple[str, ...] = ()
     if config.dataset == "digits":
         train, test, levels = *_digits(), 16
     elif config.dataset == "npz":
         train, test = _npz(Path(config.data_path).expanduser())
     else:
-        train, test = _tfds(config.dataset, Path(config.data_dir).expanduser())
+        train, test, names = _tfds(config.dataset, Path(config.data_dir).expanduser())
     if config.holdout >= len(train):
         raise ValueError(
             f"config: holdout must be smaller than the {len(train)} training images; got {config.holdout}."
@@ -85,7 +87,8 @@ def load_dataset(config: Config) -> Dataset:
     )
     mean, std = STATISTICS.get(config.dataset) or _statistics(rest.images, levels)
     classes = int(max(train.labels.max(), test.labels.max())) + 1
-    return Dataset(config.dataset, rest, held_out, test, classes, levels, mean, std)
+    names = names or tuple(str(i) for i in range(classes))
+    return Dataset(config.dataset, rest, held_out, test, len(names), levels, mean, std, names)
 
 
 def _statistics(images: np.ndarray, levels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -114,9 +117,7 @@ def _npz(path: Path) -> tuple[Split, Split]:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")}
     except (KeyError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: expected an .npz file with x_train, y_train, x_test and y_test; {error}."
-        ) from error
+        raise ValueError(f"{path}: expected an .npz file with x_train, y_train, x_test and y_test; {error}.") from error
     for name, array in found.items():
         if name[0] == "x" and (array.dtype != np.uint8 or array.ndim != 4):
             raise ValueError(f"{path}: {name} must be uint8 [N, H, W, C]; got {array.dtype} {array.shape}.")
@@ -126,14 +127,12 @@ def _npz(path: Path) -> tuple[Split, Split]:
     for part in ("train", "test"):
         x, y = found[f"x_{part}"], found[f"y_{part}"]
         if len(x) != len(y) or not len(x):
-            raise ValueError(
-                f"{path}: {part} has {len(x)} images and {len(y)} labels; expected as many, at least one."
-            )
+            raise ValueError(f"{path}: {part} has {len(x)} images and {len(y)} labels; expected as many, at least one.")
         splits.append(_split(x, y))
     return splits[0], splits[1]
 
 
-def _tfds(name: str, data_dir: Path) -> tuple[Split, Split]:
+def _tfds(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
     prepare = (
         f"pip install 'rst_jax[prepare]' && python -c \"import tensorflow_datasets as tfds; "
         f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
@@ -155,7 +154,5 @@ def _tfds(name: str, data_dir: Path) -> tuple[Split, Split]:
     splits = []
     for source in sources:
         examples = [source[i] for i in range(len(source))]
-        splits.append(
-            _split(np.stack([e["image"] for e in examples]), np.asarray([e["label"] for e in examples]))
-        )
-    return splits[0], splits[1]
+        splits.append(_split(np.stack([e["image"] for e in examples]), np.asarray([e["label"] for e in examples])))
+    return splits[0], splits[1], tuple(builder.info.features["label"].names)

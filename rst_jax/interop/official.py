@@ -37,15 +37,9 @@ def from_official(
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such checkpoint.") from None
     except Exception as error:  # torch.load raises a dozen kinds for a file that is not its own
-        raise ValueError(
-            f"{path}: expected a PyTorch checkpoint of tensors and plain values; {error}"
-        ) from error
+        raise ValueError(f"{path}: expected a PyTorch checkpoint of tensors and plain values; {error}") from error
     entries = saved.get("state_dict", saved) if isinstance(saved, dict) else None
-    if (
-        not isinstance(entries, dict)
-        or not entries
-        or not all(isinstance(v, torch.Tensor) for v in entries.values())
-    ):
+    if not isinstance(entries, dict) or not entries or not all(isinstance(v, torch.Tensor) for v in entries.values()):
         raise ValueError(f"{path}: expected a dict of tensors, or one under 'state_dict'.")
     arrays = {name.removeprefix("module."): value.numpy() for name, value in entries.items()}
     arrays = {name: value for name, value in arrays.items() if not name.endswith("num_batches_tracked")}
@@ -78,14 +72,12 @@ def from_official(
         value = take(name)
         pattern = {4: "element", 3: "row", 2: "kernel", 1: "filter"}.get(value.ndim)
         shape = score_shape(struct.shape, pattern) if pattern else ()  # type: ignore[arg-type]
-        outward = value.reshape(value.shape + (1,) * (4 - value.ndim))
-        if pattern == "filter":
-            outward = outward.reshape(-1, 1, 1, 1)
+        outward: np.ndarray = value.reshape(
+            value.shape + (1,) * (4 - value.ndim)
+        )  # OIHW, 1 where weights share a score
         converted = _channels_last(outward, len(struct.shape))
         if converted.shape != shape:
-            raise ValueError(
-                f"{path}: {name} does not fit; expected {shape} (channels last), got {converted.shape}."
-            )
+            raise ValueError(f"{path}: {name} does not fit; expected {shape} (channels last), got {converted.shape}.")
         return jnp.asarray(converted)
 
     def statistic(path_: tuple, struct: Any) -> jax.Array:

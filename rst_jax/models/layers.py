@@ -68,9 +68,7 @@ class Network(nn.Module):
 
     def logits(self, features: jax.Array) -> jax.Array:
         """The bias-free head on features [N, C], widened to the parameters' type."""
-        head = nn.Dense(
-            self.num_classes, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="fc"
-        )
+        head = nn.Dense(self.num_classes, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="fc")
         return head(features).astype(self.param_dtype)
 
 

@@ -1,0 +1,219 @@
+"""The command: `python -m rst_jax.main --config=configs/digits.py --workdir=runs/digits`.
+
+It draws tickets and measures them, or does one part of that (`--config.task`). Started again on the same workdir it
+goes on where it stopped. Exit codes: 0 done; 1 the run failed; 2 the command, the configuration or the data
+are not right, and nothing was touched.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from rst_jax import config as config_lib
+from rst_jax import search
+from rst_jax.evaluate import ticket_record
+from rst_jax.metrics import make_say
+from rst_jax.r2s import load_r2s, r2s_record
+from rst_jax.records import write_json
+from rst_jax.report import read_results, table, write_report
+from rst_jax.run import Run, claimed, name_of
+from rst_jax.ticket import Ticket
+from rst_jax.transfer import Crossed, cross, transfer_record
+
+_USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=DIR] [--config.FIELD=VALUE ...]
+
+  --config            a file in configs/; configs/base.py explains every field
+  --workdir           where everything is written (default: runs/<name of the config>)
+  --config.task       draw (default) | search | evaluate | transfer | r2s | report
+  --coordinator, --num_processes, --process_id
+                      several processes (jax.distributed): the address of process 0 as HOST:PORT, how many, which;
+                      --coordinator=auto where the cluster tells (TPU pods, SLURM)
+"""
+_GALLERY = 10
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; ends the process with its exit code."""
+    sys.exit(run_command(sys.argv if argv is None else argv))
+
+
+def run_command(argv: list[str]) -> int:
+    """The command as a function: its exit code; errors are told on standard error in a sentence."""
+    if any(a in ("-h", "--help", "-help", "--helpfull") for a in argv[1:]):
+        print(_USAGE)
+        return 0
+    try:
+        config, options = _parse(argv)
+        _connect(options)
+        _set_up_compilation_cache(config)
+        workdir = Path(options["workdir"])
+        say = make_say(jax.process_index() == 0)
+        run = Run(config, workdir, say)
+        run.check_init()
+    except (ValueError, OSError) as error:
+        return _fail(error, 2)
+    if not run.is_main:
+        return _work(run)
+    try:
+        with claimed(workdir, config):
+            return _work(run)
+    except ValueError as error:
+        return _fail(error, 2)
+
+
+def _work(run: Run) -> int:
+    try:
+        draw(run)
+    except (ValueError, FloatingPointError, OSError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command goes on from the last checkpoint.", 1)
+    return 0
+
+
+def _fail(error: Any, code: int) -> int:
+    print(f"rst_jax: {error}", file=sys.stderr)
+    return code
+
+
+def draw(run: Run) -> None:
+    """The parts that `config.task` asks for, in order."""
+    task = run.config.task
+    if task in ("draw", "search"):
+        search.search(run)
+    tickets = run.tickets() if task != "report" else []
+    if task in ("draw", "evaluate", "transfer", "r2s"):
+        run.say("evaluating on the test images")
+        crossed = cross(run.evaluator, tickets, run.dataset, run.workdir / "results" / "flags", run.is_main)
+        for part, record in (("evaluate", _evaluate), ("transfer", _transfer), ("r2s", _switch)):
+            if task in ("draw", part) and run.is_main:
+                record(run, tickets, crossed)
+        if task in ("draw", "evaluate"):
+            _gallery(run, tickets)
+    if task in ("draw", "evaluate", "report") and run.is_main:
+        names = [name_of(r) for r in sorted(run.config.remaining_ratios)] + ["dense"]
+        results = read_results(run.workdir, names)
+        page = write_report(run.workdir, results)
+        print(f"\n{table(results)}\n\nreport: {page}")
+
+
+def _evaluate(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
+    for i, ticket in enumerate(tickets):
+        record = ticket_record(
+            ticket, run.evaluator.attack_record, crossed.natural[i], crossed.robust[i, i], crossed.violations[i]
+        )
+        write_json(run.workdir / "results" / f"{ticket.meta['name']}.json", record)
+
+
+def _drawn(tickets: list[Ticket]) -> list[Ticket]:
+    return [t for t in tickets if t.meta["name"] != "dense"]
+
+
+def _transfer(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
+    write_json(run.workdir / "results" / "transfer.json", transfer_record(crossed, _drawn(tickets), run.evaluator))
+
+
+def _switch(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
+    defence = load_r2s(run.workdir / "checkpoints" / "tickets")
+    by_name = {t.meta["name"]: t for t in defence.tickets}
+    drawn = _drawn(tickets)
+    for ticket in drawn:
+        if by_name[ticket.meta["name"]].digest != ticket.digest:
+            raise ValueError(f"{run.workdir}: {ticket.meta['name']} differs between tickets/ and checkpoints/tickets.")
+    record = r2s_record(crossed, drawn, np.full(len(drawn), 1 / len(drawn)), run.evaluator)
+    write_json(run.workdir / "results" / "r2s.json", record)
+
+
+def _gallery(run: Run, tickets: list[Ticket]) -> None:
+    """A few test images and their adversarial ones for the most robust ticket, for the report."""
+    drawn = _drawn(tickets)
+    best = max(drawn, key=lambda t: t.meta["selection_robust"])
+    split = run.dataset.test.take(np.arange(min(_GALLERY, len(run.dataset.test))))
+    clean = run.dataset.scaled(split)
+    adversarial, _ = run.evaluator.attack(best.variables, clean, split.labels, split.ids)
+    said = [np.argmax(run.evaluator.logits(best.variables, x), -1) for x in (clean, adversarial)]
+    if run.is_main:
+        np.savez_compressed(
+            run.workdir / "results" / "gallery.npz",
+            clean=clean,
+            adversarial=adversarial,
+            labels=split.labels,
+            clean_prediction=said[0],
+            adversarial_prediction=said[1],
+            names=np.asarray(run.dataset.class_names),
+            ticket=np.asarray(best.meta["name"]),
+        )
+
+
+def _parse(argv: list[str]) -> tuple[config_lib.Config, dict[str, Any]]:
+    """The checked configuration and the other options of a command line.
+
+    Raises:
+      ValueError: anything that is not right, in one sentence.
+    """
+    values = flags.FlagValues()
+    config_flag = config_flags.DEFINE_config_file("config", None, "a file in configs/", flag_values=values)
+    flags.DEFINE_string("workdir", None, "where everything is written", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "address of process 0, or auto", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many processes", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which process this is", flag_values=values)
+    named = [a.split("=", 1)[1] if "=" in a else argv[i + 1] if i + 1 < len(argv) else ""
+             for i, a in enumerate(argv) if a.lstrip("-").split("=", 1)[0] == "config"]  # fmt: skip
+    if not named:
+        raise ValueError("expected --config=FILE, for instance --config=configs/digits.py; --help tells more.")
+    path = Path(named[-1])
+    if not path.is_file():
+        raise ValueError(f"there is no config file {path}.{_near_file(path)}")
+    for argument in argv[1:]:
+        field = argument.lstrip("-").split("=", 1)[0]
+        if field.startswith("config.") and field.removeprefix("config.") not in config_lib.field_names():
+            raise ValueError(config_lib.unknown_field(field.removeprefix("config."), config_lib.field_names()))
+    sys.path.insert(0, str(path.resolve().parent.parent))  # a config imports configs.base beside it
+    try:
+        rest = values(argv, known_only=False)
+    except flags.Error as error:
+        raise ValueError(f"{error}; --help tells more.") from error
+    except Exception as error:  # the config file is somebody's Python
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if len(rest) > 1:
+        raise ValueError(f"expected options only, each as --name=value; got {' '.join(rest[1:])!r}.")
+    config = config_lib.from_dict(config_flag.value)
+    options = {name: values[name].value for name in ("coordinator", "num_processes", "process_id")}
+    return config, {**options, "workdir": values.workdir or f"runs/{path.stem}"}
+
+
+def _near_file(path: Path) -> str:
+    import difflib
+
+    there = sorted(p.name for p in path.parent.glob("*.py") if p.name != "base.py") if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
+    return f" Did you mean {path.parent / near[0]}?" if near else f" There are: {', '.join(there)}." if there else ""
+
+
+def _connect(options: dict[str, Any]) -> None:
+    if options["coordinator"] is None:
+        return
+    if options["coordinator"] == "auto":
+        jax.distributed.initialize()
+        return
+    if options["num_processes"] is None or options["process_id"] is None:
+        raise ValueError("--coordinator=HOST:PORT needs --num_processes and --process_id.")
+    jax.distributed.initialize(options["coordinator"], options["num_processes"], options["process_id"])
+
+
+def _set_up_compilation_cache(config: config_lib.Config) -> None:
+    if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Results and where they come from, as dataclasses that go to JSON and back.
+
+Accuracies are fractions in [0, 1]. A figure never stands alone: a record carries the attack, the number of
+examples, the seed, the precision, the machine and the digest of what was measured.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from rst_jax.version import __version__
+
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where and with what a figure was made."""
+
+    created: str
+    version: str
+    revision: str
+    libraries: dict[str, str]
+    hardware: str
+    python: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackRecord:
+    """An attack, fully named. Sizes in [0, 1] image units."""
+
+    name: str
+    norm: str
+    eps: float
+    steps: int
+    step_size: float
+    restarts: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """A fraction of n examples with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TicketRecord:
+    """One ticket (or the dense network) measured on the test images.
+
+    Attributes:
+      name: the run's name, "ratio-0.1" or "dense".
+      remaining_ratio: 1.0 for the dense network.
+      weights_kept, weights_total: counts over all kernels.
+      violations: adversarial images that left the ball or the box; they count as not attacked.
+      best_epoch: where the checkpoint was taken, chosen on `selected_on`.
+    """
+
+    name: str
+    remaining_ratio: float
+    weights_kept: int
+    weights_total: int
+    natural: Accuracy
+    robust: Accuracy
+    violations: int
+    attack: AttackRecord
+    dataset: str
+    model: str
+    precision: str
+    selected_on: str
+    best_epoch: int
+    seed: int
+    digest: str
+    provenance: Provenance
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferRecord:
+    """robust[i][j]: accuracy of ticket j on the adversarial images made against ticket i."""
+
+    names: list[str]
+    ratios: list[float]
+    natural: list[float]
+    robust: list[list[float]]
+    n: int
+    attack: AttackRecord
+    digests: list[str]
+    provenance: Provenance
+
+
+@dataclasses.dataclass(frozen=True)
+class R2SRecord:
+    """Random switching between tickets, exact by enumeration of the draws.
+
+    Attributes:
+      switching: what one draw covers.
+      natural: expected accuracy on clean images.
+      transfer_only: expected accuracy when the adversary attacks one ticket drawn like the defender's (the
+        paper's figure); it overstates the defence.
+      worst_of_pool: for each example the adversarial image, among those made against each ticket, with the
+        lowest expected accuracy; an upper bound on what a stronger adversary leaves.
+      best_single: the highest robust accuracy of one ticket, and its name.
+    """
+
+    names: list[str]
+    probabilities: list[float]
+    switching: str
+    natural: float
+    transfer_only: float
+    worst_of_pool: float
+    best_single: float
+    best_single_name: str
+    n: int
+    attack: AttackRecord
+    digests: list[str]
+    provenance: Provenance
+
+
+def provenance() -> Provenance:
+    """This moment, this machine, these versions."""
+    devices = jax.devices()
+    return Provenance(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        version=__version__,
+        revision=_revision(),
+        libraries={name: metadata.version(name) for name in _LIBRARIES},
+        hardware=f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {os.cpu_count()} host cores",
+        python=platform.python_version(),
+    )
+
+
+def _revision() -> str:
+    here = Path(__file__).parent
+    try:
+        run = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def accuracy(correct: np.ndarray) -> Accuracy:
+    """The mean of bool [N] with its 95 % Wilson score interval (Wilson, 1927)."""
+    n = len(correct)
+    if not n:
+        raise ValueError("accuracy of no examples: expected at least one.")
+    z, p = 1.959963984540054, float(np.mean(correct))
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Accuracy(p, float(max(centre - half, 0.0)), float(min(centre + half, 1.0)), n)
+
+
+def digest(*trees: Any) -> str:
+    """SHA-256 over the paths, shapes, types and bytes of the arrays."""
+    sum_ = hashlib.sha256()
+    for tree in trees:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            array = np.asarray(leaf)
+            sum_.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+            sum_.update(np.ascontiguousarray(array).tobytes())
+    return sum_.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a dataclass or plain values; the file appears whole or not at all."""
+    plain = dataclasses.asdict(content) if dataclasses.is_dataclass(content) else content  # type: ignore[arg-type]
+    write_text(path, json.dumps(plain, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name beside `path`, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def read_json(path: Path, kind: type[R]) -> R:
+    """A record of class `kind`.
+
+    Raises:
+      ValueError: the file is not such a record; it is named.
+    """
+    try:
+        return _revive(kind, json.loads(path.read_text()))
+    except (OSError, TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a {kind.__name__}; {error}.") from error
+
+
+def _revive(kind: Any, fields: Any) -> Any:
+    made = {}
+    for field in dataclasses.fields(kind):
+        value = fields[field.name]
+        made[field.name] = _revive(field.type, value) if dataclasses.is_dataclass(field.type) else value
+    return kind(**made)

@@ -1,0 +1,327 @@
+"""What a run found, for a person: a table on the terminal and one self-contained page with its plots."""
+
+import base64
+import dataclasses
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rst_jax.metrics import read_lines
+from rst_jax.records import Accuracy, R2SRecord, TicketRecord, TransferRecord, read_json, write_text
+
+_INK, _MUTED = "#1b2530", "#5c6b7a"
+_ROBUST, _NATURAL = "#b3403a", "#2f6690"
+_CYCLE = ("#2f6690", "#b3403a", "#4f8a5b", "#c28a2c", "#6f5a9c", "#3a9aa3", "#8c6d5a", "#5c6b7a")
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All that a workdir has recorded; a part that was not run is None or empty."""
+
+    tickets: list[TicketRecord]
+    transfer: TransferRecord | None
+    r2s: R2SRecord | None
+    metrics: list[dict[str, Any]]
+    gallery: dict[str, np.ndarray] | None
+
+
+def read_results(workdir: Path, names: list[str]) -> Results:
+    """The records of the named tickets and whatever else lies in results/.
+
+    Raises:
+      ValueError: nothing was evaluated yet, or a record is broken.
+    """
+    folder = workdir / "results"
+    tickets = [read_json(folder / f"{n}.json", TicketRecord) for n in names if (folder / f"{n}.json").exists()]
+    if not tickets:
+        raise ValueError(f"{workdir}: nothing evaluated yet; run with --config.task=evaluate first.")
+    transfer, r2s, gallery = (folder / n for n in ("transfer.json", "r2s.json", "gallery.npz"))
+    return Results(
+        tickets,
+        read_json(transfer, TransferRecord) if transfer.exists() else None,
+        read_json(r2s, R2SRecord) if r2s.exists() else None,
+        read_lines(workdir / "metrics.jsonl"),
+        dict(np.load(gallery, allow_pickle=False)) if gallery.exists() else None,
+    )
+
+
+def _percent(a: Accuracy) -> str:
+    return f"{100 * a.value:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]"
+
+
+def _rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    attack = results.tickets[0].attack.name
+    header = ["network", "weights kept", "natural %", f"{attack} %", "best epoch"]
+    rows = [
+        [
+            "dense, adversarially trained" if t.name == "dense" else f"ticket, ratio {t.remaining_ratio:g}",
+            f"{t.weights_kept:,} / {t.weights_total:,}",
+            _percent(t.natural),
+            _percent(t.robust),
+            str(t.best_epoch),
+        ]
+        for t in results.tickets
+    ]
+    return header, rows
+
+
+def _sentences(results: Results) -> list[str]:
+    t = results.tickets[0]
+    a = t.attack
+    eps = f"eps {a.eps:.4g}" + (f" ({a.eps * 255:.3g}/255)" if abs(a.eps * 255 - round(a.eps * 255)) < 1e-9 else "")
+    told = [
+        f"{t.dataset}, {t.model}: {t.natural.n:,} test images, 95 % intervals; {a.name}, {a.norm}, {eps}, step "
+        f"{a.step_size:.4g}, {a.restarts} start, seed {a.seed}; {t.precision}; best epoch chosen on "
+        f"{'held-out training images' if t.selected_on == 'holdout' else 'the test images'}. "
+        "PGD alone overestimates robustness."
+    ]
+    if violations := sum(record.violations for record in results.tickets):
+        told.append(f"{violations} adversarial images left the threat model and were not counted.")
+    if r := results.r2s:
+        told.append(
+            f"R2S over {len(r.names)} tickets: {100 * r.natural:.1f} % natural; {100 * r.transfer_only:.1f} % when one random "
+            f"ticket is attacked (transfer only, the paper's figure); {100 * r.worst_of_pool:.1f} % under the worst of "
+            f"these attacks for each image; best single ticket ({r.best_single_name}) {100 * r.best_single:.1f} %."
+        )
+    return told
+
+
+def table(results: Results) -> str:
+    """The figures as text for a terminal."""
+    header, rows = _rows(results)
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "  ".join([row[0].ljust(widths[0]), *cells[1:]])
+
+    rule = "  ".join("-" * w for w in widths)
+    return "\n".join([line(header), rule, *map(line, rows), "", *_sentences(results)])
+
+
+def write_report(workdir: Path, results: Results) -> Path:
+    """Write report/index.html, one file with everything in it, and return its path."""
+    figures = [
+        (
+            "Accuracy against remaining ratio",
+            _ratio_plot(results),
+            "As in the paper's Fig. 1. Bars: 95 % intervals; dashed: the dense, adversarially trained network.",
+        ),
+        (
+            "Transfer",
+            _transfer_plot(results),
+            "Robust accuracy (%) of the ticket of the column on images made against the ticket of the row.",
+        ),
+        ("Random robust switching (R2S)", _r2s_plot(results), "Expected accuracy, exact over the draws."),
+        (
+            "Training",
+            _curves_plot(results),
+            "Left: accuracy on the adversarial training images. Right: on the images that choose the best epoch, "
+            "clean (thin) and attacked (thick). Dashed: dense.",
+        ),
+        (
+            "Adversarial images",
+            _gallery_plot(results),
+            "Above: clean test images and what the ticket says. Below: the same under attack; red where it is wrong.",
+        ),
+    ]
+    header, rows = _rows(results)
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    heads = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    sections = "".join(
+        f"<figure><h2>{html.escape(title)}</h2>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for title, picture, caption in figures
+        if picture
+    )
+    t = results.tickets[0]
+    p = t.provenance
+    made = (
+        f"rst_jax {p.version} ({p.revision}) on {p.hardware}, Python {p.python}, "
+        + ", ".join(f"{k} {v}" for k, v in p.libraries.items())
+        + f"; {p.created}. Digests: "
+        + ", ".join(f"{r.name} {r.digest[:12]}" for r in results.tickets)
+        + "."
+    )
+    notes = "".join(f"<p>{html.escape(s)}</p>" for s in _sentences(results))
+    page = _PAGE.format(
+        title=html.escape(f"Robust scratch tickets: {t.dataset}, {t.model}"),
+        heads=heads,
+        cells=cells,
+        notes=notes,
+        sections=sections,
+        made=html.escape(made),
+    )
+    path = workdir / "report" / "index.html"
+    write_text(path, page)
+    return path
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b2530; background: #fbfbf9; max-width: 60rem;
+  margin: 0 auto; padding: 2rem 1rem; }}
+h1 {{ font-size: 1.6rem; margin: 0 0 1rem; }} h2 {{ font-size: 1.1rem; margin: 0 0 .5rem; }}
+table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .35rem .6rem; border-bottom: 1px solid #dde2e6; text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }} th {{ color: #5c6b7a; font-weight: 600; }}
+.table {{ overflow-x: auto; }}
+figure {{ margin: 2rem 0; padding: 1rem; background: #fff; border: 1px solid #e4e8eb; border-radius: 6px; }}
+figure svg, figure img {{ width: 100%; height: auto; }}
+figcaption, footer {{ color: #5c6b7a; font-size: .85rem; }}
+footer {{ overflow-wrap: anywhere; }}
+</style></head><body>
+<h1>{title}</h1>
+<div class="table"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>
+{notes}
+{sections}
+<footer>{made}</footer>
+</body></html>
+"""
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "font.size": 10,
+        "axes.edgecolor": _MUTED,
+        "axes.labelcolor": _INK,
+        "xtick.color": _MUTED,
+        "ytick.color": _MUTED,
+    }
+    with rc_context({**style, "axes.spines.top": False, "axes.spines.right": False, "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(1, columns)
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "rst_jax"}):
+        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+    body = text.getvalue()
+    return body[body.index("<svg") :]
+
+
+def _ratio_plot(results: Results) -> str:
+    drawn = [t for t in results.tickets if t.name != "dense"]
+    dense = [t for t in results.tickets if t.name == "dense"]
+    if not drawn:
+        return ""
+    figure, axes = _figure(8, 3.6)
+    x = [100 * t.remaining_ratio for t in drawn]
+    series = (("natural", "natural", _NATURAL), (f"robust ({drawn[0].attack.name})", "robust", _ROBUST))  # fmt: skip
+    for label, field, colour in series:
+        points: list[Accuracy] = [getattr(t, field) for t in drawn]
+        y = np.array([100 * a.value for a in points])
+        bars = [y - [100 * a.low for a in points], [100 * a.high for a in points] - y]
+        axes.errorbar(x, y, yerr=bars, color=colour, marker="o", capsize=3, label=label)
+        for t in dense:
+            axes.axhline(
+                100 * getattr(t, field).value, color=colour, linestyle="--", linewidth=1.2, label=f"{label}, dense"
+            )
+    axes.set_xscale("log")
+    axes.set_xticks(x, [f"{v:g}" for v in x])
+    axes.minorticks_off()
+    axes.set_xlabel("remaining ratio (%)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.grid(axis="y", color="#e4e8eb")
+    axes.legend(frameon=False, ncols=2, loc="lower right")
+    return _svg(figure)
+
+
+def _transfer_plot(results: Results) -> str:
+    t = results.transfer
+    if t is None:
+        return ""
+    figure, axes = _figure(6, 4.6)
+    values = 100 * np.array(t.robust)
+    image = axes.imshow(values, cmap="Blues")
+    labels = [f"{100 * r:g} %" for r in t.ratios]
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("inference on the ticket of ratio")
+    axes.set_ylabel("attack on the ticket of ratio")
+    middle = (values.min() + values.max()) / 2
+    for (i, j), value in np.ndenumerate(values):
+        axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value > middle else _INK)
+    figure.colorbar(image, ax=axes, label="robust accuracy (%)")
+    return _svg(figure)
+
+
+def _r2s_plot(results: Results) -> str:
+    r = results.r2s
+    if r is None:
+        return ""
+    figure, axes = _figure(8, 2.2)
+    bars = [
+        (f"best single ticket ({r.best_single_name}), attacked", r.best_single, _ROBUST),
+        ("R2S, worst of the attacks on its tickets", r.worst_of_pool, _CYCLE[2]),
+        ("R2S, transfer only (paper)", r.transfer_only, _CYCLE[5]),
+        ("R2S, natural", r.natural, _NATURAL),
+    ]
+    for place, (_, value, colour) in enumerate(bars):
+        axes.barh(place, 100 * value, color=colour, height=0.65)
+        axes.text(100 * value - 1, place, f"{100 * value:.1f}", va="center", ha="right", color="white")
+    axes.set_yticks(range(len(bars)), [label for label, _, _ in bars])
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy (%)")
+    return _svg(figure)
+
+
+def _curves_plot(results: Results) -> str:
+    names = [t.name for t in results.tickets]
+    if not results.metrics:
+        return ""
+    figure, (left, right) = _figure(9, 3.4, 2)
+    for i, name in enumerate(names):
+        rows = [row for row in results.metrics if row["run"] == name]
+        colour, style = _CYCLE[i % len(_CYCLE)], "--" if name == "dense" else "-"
+        train = [(row["step"], 100 * row["adversarial_accuracy"]) for row in rows if "adversarial_accuracy" in row]
+        held = [(row["step"], 100 * row["natural"], 100 * row["robust"]) for row in rows if "robust" in row]
+        if train:
+            left.plot(*zip(*train, strict=True), color=colour, linestyle=style, label=name, linewidth=1.4)
+        if held:
+            steps, natural, robust = zip(*held, strict=True)
+            right.plot(steps, natural, color=colour, linestyle=style, linewidth=0.8)
+            right.plot(steps, robust, color=colour, linestyle=style, linewidth=1.8, marker="o", markersize=3)
+    for axes, label in ((left, "training accuracy under attack (%)"), (right, "held-out accuracy (%)")):
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(axis="y", color="#e4e8eb")
+    left.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def _gallery_plot(results: Results) -> str:
+    g = results.gallery
+    if g is None:
+        return ""
+    from matplotlib.figure import Figure
+
+    n = len(g["labels"])
+    figure = Figure(figsize=(1.1 * n, 2.9), layout="constrained")
+    grid = figure.subplots(2, n, squeeze=False)
+    for column in range(n):
+        for row, kind in enumerate(("clean", "adversarial")):
+            axes, image = grid[row, column], g[kind][column]
+            axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray_r", vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            said = int(g[f"{kind}_prediction"][column])
+            wrong = said != int(g["labels"][column])
+            axes.set_title(f"{g['names'][said]}", fontsize=10, color=_ROBUST if wrong else _INK)
+            for spine in axes.spines.values():
+                spine.set_color(_ROBUST if wrong else "#dde2e6")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    data = base64.b64encode(picture.getvalue()).decode()
+    return f'<img alt="clean and adversarial images" src="data:image/png;base64,{data}">'

@@ -1,0 +1,174 @@
+"""A run: its workdir, and the parts assembled for it."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rst_jax import subnet
+from rst_jax.config import Config
+from rst_jax.data import load_dataset
+from rst_jax.data.pipeline import Images
+from rst_jax.evaluate import Evaluator
+from rst_jax.loop import Trainer
+from rst_jax.mesh import is_main, make_mesh, replicate
+from rst_jax.metrics import MetricsWriter, Say
+from rst_jax.models import make_model
+from rst_jax.records import provenance, write_json
+from rst_jax.state import init_variables
+from rst_jax.ticket import Ticket, load_ticket
+
+Tree = Any
+
+# What may differ when a workdir is used again: none of it changes a finished ticket.
+_FREE = {"task", "remaining_ratios", "data_dir", "data_path", "unroll", "steps_per_dispatch", "compilation_cache"}
+_FREE |= {"checkpoint_every_epochs", "log_every_steps"}
+
+
+def name_of(ratio: float) -> str:
+    """A ticket's name in the workdir."""
+    return f"ratio-{ratio:g}"
+
+
+class Run:
+    """Everything that the parts of a draw share; heavy things are made when first asked for."""
+
+    def __init__(self, config: Config, workdir: Path, say: Say):
+        self.config, self.workdir, self.say, self.is_main = config, workdir, say, is_main()
+        self.mesh = make_mesh()
+        self.dataset = load_dataset(config)
+        self.image_shape = self.dataset.train.images.shape[1:]
+        self.model_spec: dict[str, Any] = {
+            "name": config.model,
+            "num_classes": self.dataset.num_classes,
+            "mean": list(self.dataset.mean),
+            "std": list(self.dataset.std),
+        }
+        self.module()  # an unknown name is refused before anything is written
+
+    def module(self, **types: Any) -> Any:
+        """The network; `types` as in `make_model`."""
+        spec = self.model_spec
+        mean, std = tuple(spec["mean"]), tuple(spec["std"])
+        return make_model(spec["name"], spec["num_classes"], mean, std, **types)
+
+    def key(self, purpose: str) -> np.ndarray:
+        """Key data of the run's key for a purpose: init, order, step or evaluate."""
+        place = ("init", "order", "step", "evaluate").index(purpose)
+        return np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(self.config.seed), place)))
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The loop over the training images, computing in the configured type."""
+        name = self.config.compute_dtype
+        if name == "auto":
+            name = "float32" if self.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+        if name == "float64" and not jax.config.read("jax_enable_x64"):
+            raise ValueError("config: compute_dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1.")
+        dtype = jnp.dtype(name)
+        train = self.dataset.train
+        return Trainer(
+            self.config,
+            self.module(
+                dtype=dtype,
+                param_dtype=jnp.float64 if name == "float64" else jnp.float32,
+                bn_axis="data" if self.config.bn_sync else None,
+            ),
+            self.mesh,
+            replicate(Images(train.images, train.labels, train.ids, self.dataset.levels), self.mesh),  # type: ignore[arg-type]
+            {"order": self.key("order"), "step": self.key("step")},
+            self.workdir,
+            MetricsWriter(self.workdir, self.is_main),
+            self.say,
+        )
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """The evaluation attack and predictions, in float32."""
+        return Evaluator(self.module(), self.config, self.mesh, self.key("evaluate"))
+
+    @cached_property
+    def variables(self) -> dict[str, Tree]:
+        """The untrained network that every ratio starts from: params, scores, batch_stats."""
+        c = self.config
+        return init_variables(
+            self.module(),
+            self.image_shape,
+            jax.random.wrap_key_data(jnp.asarray(self.key("init"))),
+            pattern=c.pattern,
+            weight_init=c.weight_init,
+            fan_scale=c.remaining_ratios[0] if c.scale_fan else 1.0,
+        )
+
+    def ticket_path(self, name: str) -> Path:
+        """Where a ticket's file lies."""
+        return self.workdir / "tickets" / f"{name}.ticket"
+
+    def tickets(self) -> list[Ticket]:
+        """The tickets drawn so far for the configured ratios, in ascending order, then the dense network.
+
+        Raises:
+          ValueError: one is missing.
+        """
+        names = [name_of(r) for r in sorted(self.config.remaining_ratios)] + ["dense"] * self.config.dense.train
+        missing = [name for name in names if not self.ticket_path(name).exists()]
+        if missing:
+            raise ValueError(
+                f"{self.workdir}: {', '.join(missing)} not drawn yet; run with --config.task=search first."
+            )
+        return [load_ticket(self.ticket_path(name)) for name in names]
+
+    def check_init(self) -> None:
+        """Refuse ratios that keep nothing of a layer, before any work."""
+        for ratio in self.config.remaining_ratios:
+            subnet.kept_counts(self.variables["scores"], ratio)
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: Config) -> Iterator[None]:
+    """Hold the workdir for this process, and check that it belongs to this configuration.
+
+    Raises:
+      ValueError: another process holds it, it holds something else, or another configuration; nothing is written.
+    """
+    record = workdir / "config.json"
+    if workdir.is_file():
+        raise ValueError(f"workdir {workdir} is a file; take a folder.")
+    if workdir.exists() and not record.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
+        raise ValueError(f"workdir {workdir} holds other files and no run; take an empty or a new folder.")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"workdir {workdir} is in use by another process; wait for it or take another --workdir."
+            ) from None
+        now = json.loads(json.dumps(config.to_dict()))
+        if record.exists():
+            try:
+                before = json.loads(record.read_text())["config"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{record}: cannot be read ({error}); take a new --workdir.") from error
+            changed = [
+                f"{name} was {before.get(name)!r}, now {value!r}"
+                for name, value in now.items()
+                if name not in _FREE and before.get(name) != value
+            ]
+            if changed:
+                raise ValueError(
+                    f"workdir {workdir} belongs to another configuration: {'; '.join(changed)}. Take a new --workdir."
+                )
+        write_json(record, {"config": now, "provenance": vars(provenance())})
+        yield

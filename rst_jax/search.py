@@ -1,0 +1,80 @@
+"""Drawing tickets: a mask searched at every remaining ratio, and the dense network to compare with."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from rst_jax import subnet
+from rst_jax.loop import Best, Job
+from rst_jax.r2s import save_r2s
+from rst_jax.run import Run, Tree, name_of
+from rst_jax.state import TicketState
+from rst_jax.ticket import Ticket, load_ticket
+
+
+def search(run: Run) -> list[Ticket]:
+    """Draw a ticket at each ratio (and train the dense network), write their files and the checkpoint for R2S.
+
+    What is finished in the workdir is not done again; what was interrupted goes on.
+    """
+    c = run.config
+    run.check_init()
+    tickets = []
+    for ratio in sorted(c.remaining_ratios):
+        kept = subnet.kept_counts(run.variables["scores"], ratio)
+        job = Job(name_of(ratio), "scores", c.epochs, c.optimizer)
+        tickets.append(_draw(run, job, run.variables, kept, ratio))
+    save_r2s(run.workdir / "checkpoints" / "tickets", run.variables["params"], tickets)
+    if c.dense.train:
+        optimizer = dataclasses.replace(
+            c.optimizer, learning_rate=c.dense.learning_rate, weight_decay=c.dense.weight_decay
+        )
+        job = Job("dense", "params", c.dense.epochs, optimizer)
+        tickets.append(_draw(run, job, {**run.variables, "scores": {}}, {}, 1.0))
+    return tickets
+
+
+def _draw(run: Run, job: Job, variables: dict[str, Tree], selection: Tree, ratio: float) -> Ticket:
+    path = run.ticket_path(job.name)
+    if path.exists():
+        run.say(f"{job.name}: already drawn")
+        return load_ticket(path)
+    searching = job.trainable == "scores"
+    draw_masks = jax.jit(subnet.masks)
+
+    def masks_of(state: TicketState) -> Tree:
+        return draw_masks(state.scores, selection) if searching else selection
+
+    masked = jax.jit(subnet.apply_masks)
+    split = run.dataset.holdout if run.config.select_on == "holdout" else run.dataset.test
+
+    def validate(state: TicketState, _: Tree) -> tuple[float, float]:
+        variables = {"params": masked(state.params, masks_of(state)), "batch_stats": state.batch_stats}
+        return run.evaluator.accuracies(variables, run.dataset, split)
+
+    start = time.monotonic()
+    best: Best = run.trainer.run(job, variables, selection, validate)
+    meta = {
+        "name": job.name,
+        "dataset": run.config.dataset,
+        "seed": run.config.seed,
+        "epoch": best.epoch,
+        "selected_on": run.config.select_on,
+        "selection_natural": best.natural,
+        "selection_robust": best.robust,
+        "pattern": run.config.pattern,
+        "weight_init": run.config.weight_init,
+    }
+    masks = jax.tree.map(np.asarray, masks_of(best.state))
+    ticket = Ticket.make(run.model_spec, run.image_shape, ratio, best.state.params, masks, best.state.batch_stats, meta)
+    if run.is_main:
+        ticket.save(path)
+    kept, total = ticket.weight_counts
+    run.say(
+        f"{job.name}: {kept:,} of {total:,} weights, {100 * best.natural:.1f} % natural, {100 * best.robust:.1f} % "
+        f"{run.evaluator.attack_record.name} on {run.config.select_on} at epoch {best.epoch}, "
+        f"{time.monotonic() - start:.1f} s"
+    )
+    return ticket

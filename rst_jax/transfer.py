@@ -1,0 +1,85 @@
+"""Crossing tickets: images made against one, judged by all (the paper's transfer matrix)."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+
+from rst_jax.data import Dataset
+from rst_jax.evaluate import Evaluator
+from rst_jax.records import TransferRecord, provenance
+from rst_jax.ticket import Ticket
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossed:
+    """Per-example flags on the test images.
+
+    Attributes:
+      natural: natural[k, n]: ticket k is right on clean image n.
+      robust: robust[s, k, n]: ticket k is right on image n attacked through ticket s.
+      violations: images a source that left the threat model.
+    """
+
+    natural: np.ndarray
+    robust: np.ndarray
+    violations: list[int]
+
+
+def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder: Path, write: bool = True) -> Crossed:
+    """Attack every ticket on the test images and let every ticket judge.
+
+    The flags of each source are kept in `folder`, so that what is finished is not done again; they are used
+    only for the same tickets, attack and images.
+    """
+    split, images = dataset.test, dataset.scaled(dataset.test)
+    stamp = "|".join([str(evaluator.attack_record), dataset.name, str(len(split)), *(t.digest for t in tickets)])
+    natural, robust, violations = [], [], []
+    for source in tickets:
+        path = folder / f"{source.meta['name']}.npz"
+        flags = _read(path, stamp + source.digest)
+        if flags is None:
+            adversarial, outside = evaluator.attack(source.variables, images, split.labels, split.ids)
+            flags = {
+                "natural": evaluator.correct(source.variables, images, split.labels),
+                "robust": np.stack([evaluator.correct(t.variables, adversarial, split.labels) for t in tickets]),
+                "violations": np.asarray(outside),
+            }
+            if write:
+                _write(path, flags, stamp + source.digest)
+        natural.append(flags["natural"])
+        robust.append(flags["robust"])
+        violations.append(int(flags["violations"]))
+    return Crossed(np.stack(natural), np.stack(robust), violations)
+
+
+def _read(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except (OSError, ValueError):
+        return None
+    return found if str(found.get("stamp")) == stamp else None
+
+
+def _write(path: Path, flags: dict[str, np.ndarray], stamp: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    np.savez_compressed(temporary, stamp=np.asarray(stamp), **flags)  # type: ignore[arg-type]
+    temporary.replace(path)
+
+
+def transfer_record(crossed: Crossed, tickets: list[Ticket], evaluator: Evaluator) -> TransferRecord:
+    """The matrix over `tickets`, the first rows and columns of `crossed`."""
+    k = len(tickets)
+    return TransferRecord(
+        names=[t.meta["name"] for t in tickets],
+        ratios=[t.remaining_ratio for t in tickets],
+        natural=crossed.natural[:k].mean(-1).tolist(),
+        robust=crossed.robust[:k, :k].mean(-1).tolist(),
+        n=crossed.natural.shape[-1],
+        attack=evaluator.attack_record,
+        digests=[t.digest for t in tickets],
+        provenance=provenance(),
+    )

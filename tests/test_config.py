@@ -1,0 +1,85 @@
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from rst_jax import config as config_lib
+
+
+def changed(**fields):
+    c = base.get_config().to_dict()
+    for name, value in fields.items():
+        *sections, last = name.split("__")
+        here = c
+        for section in sections:
+            here = here[section]
+        here[last] = value
+    return c
+
+
+def test_base_sets_every_field_with_a_comment_and_nothing_else():
+    def names(c, prefix=""):
+        for name, value in c.items():
+            yield prefix + name
+            if hasattr(value, "items"):
+                yield from names(value, prefix + name + ".")
+
+    assert sorted(names(base.get_config())) == sorted(config_lib.field_names())
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_is_valid(path):
+    config = config_lib.from_dict(importlib.import_module(f"configs.{path.stem}").get_config())
+    assert dataclasses.is_dataclass(config)
+    assert importlib.import_module(f"configs.{path.stem}").__doc__
+
+
+def test_round_trip():
+    config = config_lib.from_dict(base.get_config())
+    assert config_lib.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"threat__eps": 8.0}, ["threat.eps", "[0, 1]", "8.0", "8/255"]),
+        ({"remaining_ratios": (0.1, 1.5)}, ["remaining_ratios", "(0, 1]", "1.5"]),
+        ({"remaining_ratios": (0.0,)}, ["remaining_ratios", "(0, 1]"]),
+        ({"remaining_ratios": (0.1, 0.1)}, ["distinct"]),
+        ({"remaining_ratios": ()}, ["at least one"]),
+        ({"attack__step_size": 2.0}, ["attack.step_size", "8/255"]),
+        ({"batch_size": 0}, ["batch_size", "at least 1", "0"]),
+        ({"batch_size": "many"}, ["batch_size", "int", "'many'"]),
+        ({"flip": 1}, ["flip", "bool"]),
+        ({"epochs": True}, ["epochs", "int"]),
+        ({"pattern": "column"}, ["pattern", "element, row, kernel, filter", "'column'"]),
+        ({"holdout": 0}, ["holdout", "positive"]),
+        ({"dataset": "npz"}, ["data_path", "--config.data_path"]),
+        ({"scale_fan": True}, ["scale_fan", "one ratio"]),
+        ({"threat": 3}, ["section", "threat"]),
+    ],
+)
+def test_what_is_not_right_is_told_in_a_sentence(fields, words):
+    with pytest.raises(ValueError) as error:
+        config_lib.from_dict(changed(**fields))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_an_unknown_field_names_the_nearest():
+    with pytest.raises(ValueError, match=r"no field 'remaining_ratio'; did you mean 'remaining_ratios'"):
+        config_lib.from_dict(changed(remaining_ratio=(0.1,)))
+    assert "optimizer.learning_rate" in config_lib.unknown_field("optimizer.lerning_rate", config_lib.field_names())
+
+
+def test_a_missing_field_is_named():
+    c = changed()
+    del c["epochs"]
+    with pytest.raises(ValueError, match="missing epochs"):
+        config_lib.from_dict(c)
+
+
+def test_one_ratio_may_be_written_without_brackets():
+    assert config_lib.from_dict(changed(remaining_ratios=(1,))).remaining_ratios == (1.0,)
