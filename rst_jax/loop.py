@@ -148,7 +148,7 @@ class Trainer:
           validate: natural and robust accuracy of (state, selection) on the images that choose the best.
 
         Raises:
-          FloatingPointError: the loss is not finite; the step and the first such layer are named.
+          FloatingPointError: the loss or what is trained is not finite; the step and the first such layer are named.
           ValueError: a checkpoint is there and cannot be read.
         """
         c, per_epoch = self.config, len(self.batches)
@@ -210,12 +210,17 @@ class Trainer:
         return Best(best, kept["best_epoch"], kept["best_natural"], kept["best_robust"])
 
     def _log(self, job: Job, state: TicketState, step: int, pending: list, rate: float) -> None:
-        """Fetch the metrics since the last call, the only host synchronisation; stop at a loss that is not finite."""
+        """Fetch the metrics since the last call, the only host synchronisation; stop at what is not finite."""
         fetched = jax.device_get(pending)
         row = means({name: sum(float(m[name]) for m in fetched) for name in fetched[0]})
-        if not math.isfinite(row["loss"]):
+        if not (math.isfinite(row["loss"]) and bool(_finite(getattr(state, job.trainable)))):
             raise FloatingPointError(_diagnose(job.name, step, row["loss"], state))
         self.writer.write(job.name, step, {**row, "learning_rate": rate})
+
+
+@jax.jit
+def _finite(tree: Tree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _diagnose(name: str, step: int, loss: float, state: TicketState) -> str:

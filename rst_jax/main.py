@@ -5,6 +5,8 @@ goes on where it stopped. Exit codes: 0 done; 1 the run failed; 2 the command, t
 are not right, and nothing was touched.
 """
 
+import difflib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -157,32 +159,28 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, dict[str, Any]]:
     Raises:
       ValueError: anything that is not right, in one sentence.
     """
+    named, rest = _take_option(argv[1:], "config")
+    if named is None:
+        raise ValueError("expected --config=FILE, for instance --config=configs/digits.py; --help tells more.")
+    path = Path(named)
+    if not path.is_file():
+        raise ValueError(f"there is no config file {path}.{_near_file(path)}")
+    for argument in rest:
+        field = argument.lstrip("-").split("=", 1)[0]
+        if field.startswith("config.") and field.removeprefix("config.") not in config_lib.field_names():
+            raise ValueError(config_lib.unknown_field(field.removeprefix("config."), config_lib.field_names()))
     values = flags.FlagValues()
-    config_flag = config_flags.DEFINE_config_file("config", None, "a file in configs/", flag_values=values)
+    config_flag = config_flags.DEFINE_config_dict(
+        "config", _load_config(path), flag_values=values, sys_argv=[argv[0], *rest]
+    )
     flags.DEFINE_string("workdir", None, "where everything is written", flag_values=values)
     flags.DEFINE_string("coordinator", None, "address of process 0, or auto", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many processes", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which process this is", flag_values=values)
-    named = [a.split("=", 1)[1] if "=" in a else argv[i + 1] if i + 1 < len(argv) else ""
-             for i, a in enumerate(argv) if a.lstrip("-").split("=", 1)[0] == "config"]  # fmt: skip
-    if not named:
-        raise ValueError("expected --config=FILE, for instance --config=configs/digits.py; --help tells more.")
-    path = Path(named[-1])
-    if not path.is_file():
-        raise ValueError(f"there is no config file {path}.{_near_file(path)}")
-    for argument in argv[1:]:
-        field = argument.lstrip("-").split("=", 1)[0]
-        if field.startswith("config.") and field.removeprefix("config.") not in config_lib.field_names():
-            raise ValueError(config_lib.unknown_field(field.removeprefix("config."), config_lib.field_names()))
-    sys.path.insert(0, str(path.resolve().parent.parent))  # a config imports configs.base beside it
     try:
-        rest = values(argv, known_only=False)
-    except flags.Error as error:
+        rest = values([argv[0], *rest], known_only=False)
+    except (flags.Error, ValueError, TypeError) as error:
         raise ValueError(f"{error}; --help tells more.") from error
-    except Exception as error:  # the config file is somebody's Python
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
     if len(rest) > 1:
         raise ValueError(f"expected options only, each as --name=value; got {' '.join(rest[1:])!r}.")
     config = config_lib.from_dict(config_flag.value)
@@ -190,9 +188,33 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, dict[str, Any]]:
     return config, {**options, "workdir": values.workdir or f"runs/{path.stem}"}
 
 
-def _near_file(path: Path) -> str:
-    import difflib
+def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The last value of --name=value or --name value, and the other arguments."""
+    value, rest, waiting = None, [], iter(arguments)
+    for argument in waiting:
+        option, equals, given = argument.partition("=")
+        if argument.startswith("-") and option.lstrip("-") == name:
+            value = given if equals else next(waiting, "")
+        else:
+            rest.append(argument)
+    return value, rest
 
+
+def _load_config(path: Path) -> Any:
+    """What get_config() of a config file returns; the file may import from the folder that its own folder lies in."""
+    spec = importlib.util.spec_from_file_location("rst_jax_config", path)
+    sys.path.insert(0, str(path.resolve().parent.parent))
+    try:
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        return module.get_config()
+    except Exception as error:  # the file is somebody's Python
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+
+
+def _near_file(path: Path) -> str:
     there = sorted(p.name for p in path.parent.glob("*.py") if p.name != "base.py") if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
     return f" Did you mean {path.parent / near[0]}?" if near else f" There are: {', '.join(there)}." if there else ""

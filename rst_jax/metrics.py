@@ -51,10 +51,10 @@ class MetricsWriter:
         """Start or resume a run at `step`; rows that a killed process wrote beyond it are dropped."""
         if not self.active:
             return
-        rows = read_lines(self.path)
-        kept = [row for row in rows if row["run"] != run or row["step"] <= step]
-        if len(kept) != len(rows):
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in read_lines(self.path) if row["run"] != run or row["step"] <= step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        if self.path.exists() and self.path.read_text() != text:
+            write_text(self.path, text)
         self.close()
         from tensorboardX import SummaryWriter  # slow to import
 

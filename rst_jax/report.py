@@ -172,7 +172,7 @@ th, td {{ padding: .35rem .6rem; border-bottom: 1px solid #dde2e6; text-align: r
 th:first-child, td:first-child {{ text-align: left; }} th {{ color: #5c6b7a; font-weight: 600; }}
 .table {{ overflow-x: auto; }}
 figure {{ margin: 2rem 0; padding: 1rem; background: #fff; border: 1px solid #e4e8eb; border-radius: 6px; }}
-figure svg, figure img {{ width: 100%; height: auto; }}
+figure svg, figure img {{ display: block; max-width: 100%; height: auto; margin: 0 auto; }}
 figcaption, footer {{ color: #5c6b7a; font-size: .85rem; }}
 footer {{ overflow-wrap: anywhere; }}
 </style></head><body>

@@ -52,6 +52,11 @@ class Run:
             "std": list(self.dataset.std),
         }
         self.module()  # an unknown name is refused before anything is written
+        self.dtype = config.compute_dtype
+        if self.dtype == "auto":
+            self.dtype = "float32" if self.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+        if self.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+            raise ValueError("config: compute_dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1.")
 
     def module(self, **types: Any) -> Any:
         """The network; `types` as in `make_model`."""
@@ -67,18 +72,12 @@ class Run:
     @cached_property
     def trainer(self) -> Trainer:
         """The loop over the training images, computing in the configured type."""
-        name = self.config.compute_dtype
-        if name == "auto":
-            name = "float32" if self.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-        if name == "float64" and not jax.config.read("jax_enable_x64"):
-            raise ValueError("config: compute_dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1.")
-        dtype = jnp.dtype(name)
         train = self.dataset.train
         return Trainer(
             self.config,
             self.module(
-                dtype=dtype,
-                param_dtype=jnp.float64 if name == "float64" else jnp.float32,
+                dtype=jnp.dtype(self.dtype),
+                param_dtype=jnp.float64 if self.dtype == "float64" else jnp.float32,
                 bn_axis="data" if self.config.bn_sync else None,
             ),
             self.mesh,

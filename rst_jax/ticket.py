@@ -225,7 +225,7 @@ def load_ticket(path: str | Path) -> Ticket:
         )
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such ticket.") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
+    except (EOFError, OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: this is not a readable ticket: {error}.") from error
     if ticket.digest != meta["digest"]:
         raise ValueError(

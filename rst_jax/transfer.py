@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def _read(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
-    except (OSError, ValueError):
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile):
         return None
     return found if str(found.get("stamp")) == stamp else None
 

@@ -5,6 +5,7 @@ them into a network's input.
 """
 
 import dataclasses
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ def _npz(path: Path) -> tuple[Split, Split]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")}
-    except (KeyError, OSError, ValueError) as error:
+    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected an .npz file with x_train, y_train, x_test and y_test; {error}.") from error
     for name, array in found.items():
         if name[0] == "x" and (array.dtype != np.uint8 or array.ndim != 4):
@@ -143,7 +144,9 @@ def _tfds(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
             "or take --config.dataset=npz --config.data_path=FILE.npz"
         )
     import tensorflow_datasets as tfds
+    from absl import logging
 
+    logging.set_verbosity(logging.ERROR)  # TFDS advises OpenCV at every start
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         sources = [builder.as_data_source(split) for split in ("train", "test")]

@@ -1,0 +1,282 @@
+"""The command as a person types it, in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rst_jax import records
+from rst_jax.main import run_command
+from rst_jax.r2s import load_r2s
+from rst_jax.ticket import load_ticket
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--config=configs/digits.py",
+    "--config.remaining_ratios=(0.3,0.6)",
+    "--config.epochs=3",
+    "--config.dense.epochs=1",
+    "--config.evaluate.steps=3",
+    "--config.evaluate.every_epochs=1",
+    "--config.checkpoint_every_epochs=1",
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+
+def command(workdir, *more):
+    return [sys.executable, "-m", "rst_jax.main", *TINY, f"--workdir={workdir}", *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, environment):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = subprocess.run(command(workdir), env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_draw_leaves_everything_it_promises(finished):
+    workdir, out, err = finished
+    names = ["ratio-0.3", "ratio-0.6", "dense"]
+    rows = [line for line in out.splitlines() if line.startswith(("ticket, ratio", "dense, adv"))]
+    assert len(rows) == 3
+    assert "it/s" not in err
+    assert "Traceback" not in err
+    for name in names:
+        ticket = load_ticket(workdir / "tickets" / f"{name}.ticket")
+        record = records.read_json(workdir / "results" / f"{name}.json", records.TicketRecord)
+        assert record.digest == ticket.digest
+        assert record.natural.n == 360
+        assert record.violations == 0
+        assert record.weights_kept == ticket.weight_counts[0]
+        for kind in ("latest", "best"):
+            assert list((workdir / "checkpoints" / name / kind).iterdir())
+    transfer = records.read_json(workdir / "results" / "transfer.json", records.TransferRecord)
+    assert np.shape(transfer.robust) == (2, 2)
+    for i, name in enumerate(names[:2]):
+        record = records.read_json(workdir / "results" / f"{name}.json", records.TicketRecord)
+        assert transfer.robust[i][i] == record.robust.value
+    r2s = records.read_json(workdir / "results" / "r2s.json", records.R2SRecord)
+    assert r2s.transfer_only == pytest.approx(np.mean(transfer.robust))
+    assert r2s.worst_of_pool <= r2s.transfer_only
+    assert len(load_r2s(workdir / "checkpoints" / "tickets").tickets) == 2
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["config"]["epochs"] == 3
+    assert config["provenance"]["libraries"]["jax"]
+    steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {row["run"] for row in steps} == set(names)
+    assert all(row["loss"] > 0 for row in steps if "loss" in row)
+
+
+@pytest.mark.slow
+def test_the_report_is_one_file_with_every_plot(finished):
+    page = (finished[0] / "report" / "index.html").read_text()
+    assert page.count("<svg") == 4
+    assert page.count('<img alt="clean and adversarial images" src="data:image/png;base64,') == 1
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert "<script" not in page
+    for words in ("Accuracy against remaining ratio", "Transfer", "R2S", "Training", "Adversarial images", "0.12"):
+        assert words in page
+
+
+@pytest.mark.slow
+def test_a_figure_is_what_the_ticket_does(finished):
+    """The recorded natural accuracy, counted again through the ticket file and the public interface."""
+    from sklearn.datasets import load_digits
+
+    workdir = finished[0]
+    bunch = load_digits()
+    rows = np.arange(0, len(bunch.target), 5)
+    images = (bunch.images[rows, ..., None] / 16).astype(np.float32)
+    for name in ("ratio-0.3", "dense"):
+        ticket = load_ticket(workdir / "tickets" / f"{name}.ticket")
+        record = records.read_json(workdir / "results" / f"{name}.json", records.TicketRecord)
+        natural = np.mean(np.argmax(np.asarray(ticket(images)), -1) == bunch.target[rows])
+        assert natural == pytest.approx(record.natural.value, abs=1e-9)
+
+
+def final_state(workdir, name):
+    """Every array of the latest checkpoint, by its path."""
+    import orbax.checkpoint as ocp
+
+    folder = next((workdir / "checkpoints" / name / "latest").iterdir())
+    tree = ocp.StandardCheckpointer().restore(folder / "state")
+    import jax
+
+    return int(folder.name), {
+        jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_killed_and_started_again_it_ends_bit_identical(finished, environment, tmp_path):
+    """SIGKILL at moments spread over the run, until it comes through; then every array is compared."""
+    whole, workdir = finished[0], tmp_path / "killed"
+    kills, delays = 0, [2.0, 0.0, 0.3, 0.9, 0.1, 0.6, 1.2, 0.4]
+    while kills < 8:
+        process = subprocess.Popen(
+            command(workdir), env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        before = tell(workdir)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and tell(workdir) == before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(delays[kills])
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    done = subprocess.run(command(workdir), env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert kills >= 3
+    for name in ("ratio-0.3", "ratio-0.6", "dense"):
+        (step_a, a), (step_b, b) = final_state(whole, name), final_state(workdir, name)
+        assert step_a == step_b
+        assert a.keys() == b.keys()
+        for path in a:
+            np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+        tickets = [load_ticket(w / "tickets" / f"{name}.ticket") for w in (whole, workdir)]
+        assert tickets[0].digest == tickets[1].digest
+        assert tickets[0].meta == tickets[1].meta
+
+    def rows(w):
+        return [json.loads(line) for line in (w / "metrics.jsonl").read_text().splitlines()]
+
+    assert rows(whole) == rows(workdir)
+
+
+def tell(workdir):
+    """How far a run is: its rows of metrics and its finished tickets."""
+    path = workdir / "metrics.jsonl"
+    return (path.read_text().count("\n") if path.exists() else 0, len(list(workdir.glob("tickets/*.ticket"))))
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_not_searched_again(finished, environment):
+    workdir = finished[0]
+    before = {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*/latest/*")}
+    lines = (workdir / "metrics.jsonl").read_bytes()
+    done = subprocess.run(command(workdir), env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.count("already drawn") == 3
+    assert {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*/latest/*")} == before
+    assert (workdir / "metrics.jsonl").read_bytes() == lines
+    assert table_of(done.stdout) == table_of(finished[1])
+
+
+def table_of(out):
+    return out[out.index("network ") : out.index("report:")]
+
+
+@pytest.mark.slow
+def test_a_second_process_on_the_workdir_is_refused(finished, environment):
+    import fcntl
+
+    with (finished[0] / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(
+            command(finished[0]), env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert "in use by another process" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_another_configuration_on_the_workdir_is_refused(finished, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    before = (finished[0] / "config.json").read_bytes()
+    code = run_command(["main", *TINY, f"--workdir={finished[0]}", "--config.epochs=4", "--config.compilation_cache="])
+    assert code == 2
+    assert "epochs was 3, now 4" in capsys.readouterr().err
+    assert (finished[0] / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "expected --config=FILE"),
+        (["--config=configs/digit.py"], "Did you mean configs/digits.py?"),
+        (["--config=configs/digits.py", "--config.remaining_ratio=(0.1,)"], "did you mean 'remaining_ratios'?"),
+        (["--config=configs/digits.py", "--config.threat.eps=8"], "threat.eps must be in [0, 1]; got 8.0"),
+        (["--config=configs/digits.py", "--config.remaining_ratios=(0.1,1.5)"], "fractions in (0, 1]; got 1.5"),
+        (["--config=configs/digits.py", "--config.epochs=many"], "epochs"),
+        (["--config=configs/digits.py", "--workdri=x"], "workdri"),
+        (["--config=configs/digits.py", "extra"], "'extra'"),
+        (["--config=configs/digits.py", "--config.model=resnet17"], "resnet18"),
+        (["--config=configs/digits.py", "--config.weight_init=zeros"], "signed_kaiming_constant"),
+        (["--config=configs/cifar10_r18.py", "--config.data_dir=nowhere"], "not prepared in data_dir nowhere"),
+        (["--config=configs/cifar10_r18.py", "--config.dataset=npz"], "data_path"),
+        (["--config=configs/digits.py", "--coordinator=localhost:1"], "--num_processes"),
+        (["--config=configs/digits.py", "--config.compute_dtype=float64"], "JAX_ENABLE_X64"),
+    ],
+)
+def test_what_is_not_right_ends_with_code_2_a_sentence_and_nothing_written(
+    arguments, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    workdir = tmp_path / "w"
+    code = run_command(
+        ["main", *arguments, f"--workdir={workdir}", *(["--config.compilation_cache="] if arguments else [])]
+    )
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    assert words in captured.err
+    assert captured.err.startswith("rst_jax: ")
+    assert "Traceback" not in captured.err
+    assert not workdir.exists()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "thesis.tex").write_text("mine")
+    code = run_command(["main", *TINY, f"--workdir={tmp_path}", "--config.compilation_cache="])
+    assert code == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_part_without_what_it_needs_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for task, words in (("evaluate", "--config.task=search first"), ("report", "--config.task=evaluate first")):
+        code = run_command(
+            ["main", *TINY, f"--workdir={tmp_path / task}", f"--config.task={task}", "--config.compilation_cache="]
+        )
+        assert code == 1
+        assert words in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert run_command(["main", "--help"]) == 0
+    assert "usage: python -m rst_jax.main --config=" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for field, layer in (("optimizer", "scores"), ("dense", "params")):
+        workdir = tmp_path / field
+        more = ["--config.remaining_ratios=(0.3,)", "--config.epochs=1", f"--config.{field}.learning_rate=1e39"]
+        code = run_command(["main", *TINY, *more, f"--workdir={workdir}", "--config.compilation_cache="])
+        error = capsys.readouterr().err
+        assert code == 1
+        assert "at step 10" in error
+        assert f"{layer}['" in error
+        assert "learning_rate" in error
+        assert not (workdir / "tickets" / ("ratio-0.3.ticket" if layer == "scores" else "dense.ticket")).exists()
