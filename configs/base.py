@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     c.data_dir = "~/tensorflow_datasets"  # where TFDS datasets lie, in array_record format
     c.data_path = ""  # dataset = "npz": a file with x_train, y_train, x_test, y_test (uint8 NHWC, integers)
     c.holdout = 5200  # training images held out to choose the best checkpoint; 44,800 = 175 * 256 remain
+    c.train_examples = 0  # train on so many images only, for a quick try; 0: all
     c.select_on = "holdout"  # holdout | test: what chooses the best checkpoint ("test" only for parity)
     c.crop_padding = 4  # zero pixels on every side before the random crop; 0: no crop
     c.flip = True  # mirror left-right with probability 1/2
@@ -74,6 +75,7 @@ def get_config() -> ConfigDict:
     c.evaluate.steps = 20
     c.evaluate.step_size = 2 / 255  # in [0, 1] image units
     c.evaluate.batch_size = 250
+    c.evaluate.examples = 0  # measure on the first so many test images only; 0: all
     c.evaluate.every_epochs = 5  # of the held-out images during training; the last epoch always is
 
     # The machine.

@@ -65,6 +65,7 @@ class Evaluate:
     steps: int
     step_size: float
     batch_size: int
+    examples: int
     every_epochs: int
 
 
@@ -83,6 +84,7 @@ class Config:
     data_dir: str
     data_path: str
     holdout: int
+    train_examples: int
     select_on: Literal["holdout", "test"]
     crop_padding: int
     flip: bool
@@ -231,7 +233,7 @@ def _check(c: Config) -> None:
     at_least = {
         1: ("batch_size", "epochs", "dense.epochs", "evaluate.batch_size", "evaluate.every_epochs",
             "checkpoint_every_epochs", "log_every_steps", "optimizer.decay_every"),
-        0: ("seed", "holdout", "crop_padding", "steps_per_dispatch", "optimizer.learning_rate", "dense.learning_rate",
+        0: ("seed", "holdout", "train_examples", "evaluate.examples", "crop_padding", "steps_per_dispatch", "optimizer.learning_rate", "dense.learning_rate",
             "optimizer.weight_decay", "dense.weight_decay", "optimizer.warmup_epochs"),
     }  # fmt: skip
     for least, names in at_least.items():

@@ -8,6 +8,7 @@ are not right, and nothing was touched.
 import difflib
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=
                       --coordinator=auto where the cluster tells (TPU pods, SLURM)
 """
 _GALLERY = 10
+_FRACTION = re.compile(r"^(--?config\.[\w.]+=)(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)$")  # --config.threat.eps=8/255
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -169,6 +171,7 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, dict[str, Any]]:
         field = argument.lstrip("-").split("=", 1)[0]
         if field.startswith("config.") and field.removeprefix("config.") not in config_lib.field_names():
             raise ValueError(config_lib.unknown_field(field.removeprefix("config."), config_lib.field_names()))
+    rest = [_FRACTION.sub(_divided, argument) for argument in rest]
     values = flags.FlagValues()
     config_flag = config_flags.DEFINE_config_dict(
         "config", _load_config(path), flag_values=values, sys_argv=[argv[0], *rest]
@@ -186,6 +189,10 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, dict[str, Any]]:
     config = config_lib.from_dict(config_flag.value)
     options = {name: values[name].value for name in ("coordinator", "num_processes", "process_id")}
     return config, {**options, "workdir": values.workdir or f"runs/{path.stem}"}
+
+
+def _divided(match: re.Match[str]) -> str:
+    return f"{match[1]}{float(match[2]) / float(match[3])!r}"
 
 
 def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:

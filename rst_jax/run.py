@@ -142,6 +142,8 @@ def claimed(workdir: Path, config: Config) -> Iterator[None]:
         raise ValueError(f"workdir {workdir} is a file; take a folder.")
     if workdir.exists() and not record.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
         raise ValueError(f"workdir {workdir} holds other files and no run; take an empty or a new folder.")
+    if config.task not in ("draw", "search") and not record.exists():
+        raise ValueError(f"workdir {workdir} holds no run; start with --config.task=draw.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")

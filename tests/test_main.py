@@ -252,14 +252,24 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, capsys, monk
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_part_without_what_it_needs_says_so(tmp_path, capsys, monkeypatch):
+def test_a_part_without_what_it_needs_says_so_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for task, words in (("evaluate", "--config.task=search first"), ("report", "--config.task=evaluate first")):
+    for task in ("evaluate", "report"):
+        workdir = tmp_path / task
         code = run_command(
-            ["main", *TINY, f"--workdir={tmp_path / task}", f"--config.task={task}", "--config.compilation_cache="]
+            ["main", *TINY, f"--workdir={workdir}", f"--config.task={task}", "--config.compilation_cache="]
         )
-        assert code == 1
-        assert words in capsys.readouterr().err
+        assert code == 2
+        assert "holds no run; start with --config.task=draw" in capsys.readouterr().err
+        assert not workdir.exists()
+
+
+def test_a_fraction_may_be_written_as_one():
+    from rst_jax.main import _parse
+
+    config, options = _parse(["main", "--config=configs/digits.py", "--config.threat.eps=8/255"])
+    assert config.threat.eps == 8 / 255
+    assert options["workdir"] == "runs/digits"
 
 
 def test_help(capsys):
@@ -268,6 +278,7 @@ def test_help(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     for field, layer in (("optimizer", "scores"), ("dense", "params")):

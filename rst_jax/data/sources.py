@@ -86,8 +86,12 @@ def load_dataset(config: Config) -> Dataset:
         train.take(np.sort(order[config.holdout :])),
         train.take(np.sort(order[: config.holdout])),
     )
+    if config.train_examples:
+        rest = rest.take(np.arange(min(config.train_examples, len(rest))))
+    if config.evaluate.examples:
+        test = test.take(np.arange(min(config.evaluate.examples, len(test))))
     mean, std = STATISTICS.get(config.dataset) or _statistics(rest.images, levels)
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    classes = int(train.labels.max()) + 1
     names = names or tuple(str(i) for i in range(classes))
     return Dataset(config.dataset, rest, held_out, test, len(names), levels, mean, std, names)
 

@@ -7,8 +7,16 @@ from functools import partial
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from rst_jax.models.layers import Network, conv
+
+
+def halve(x: jax.Array) -> jax.Array:
+    """2x2 max pooling of [N, H, W, C]; a maximum over an axis differentiates faster than a window on a CPU."""
+    n, h, w, c = x.shape
+    windows = x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
+    return jnp.max(windows, axis=(2, 4))
 
 
 class ConvNet(Network):
@@ -27,7 +35,7 @@ class ConvNet(Network):
         for pair, width in enumerate(self.widths):
             for place in (5 * pair, 5 * pair + 2):
                 x = nn.relu(conv(width, 3, 1, self, f"convs_{place}")(x))
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = halve(x)
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         for place, features in ((0, 256), (2, 256), (4, self.num_classes)):
             dense = nn.Dense(
