@@ -209,9 +209,8 @@ def _check(c: Config) -> None:
         True,
         "Draw one ratio a run.",
     )
-    need(0 <= c.threat.eps <= 1, "threat.eps", "in [0, 1]", c.threat.eps, pixels) if c.threat.norm == "linf" else need(
-        c.threat.eps >= 0, "threat.eps", "at least 0", c.threat.eps
-    )
+    need(c.threat.eps >= 0, "threat.eps", "at least 0", c.threat.eps)
+    need(c.threat.eps <= 1 or c.threat.norm == "l2", "threat.eps", "in [0, 1]", c.threat.eps, pixels)
     for section, attack in (("attack", c.attack), ("evaluate", c.evaluate)):
         need(attack.steps >= 0, f"{section}.steps", "at least 0", attack.steps)
         need(
@@ -230,14 +229,12 @@ def _check(c: Config) -> None:
         "at most epochs",
         c.optimizer.warmup_epochs,
     )
-    at_least = {
-        1: ("batch_size", "epochs", "dense.epochs", "evaluate.batch_size", "evaluate.every_epochs",
-            "checkpoint_every_epochs", "log_every_steps", "optimizer.decay_every"),
-        0: ("seed", "holdout", "train_examples", "evaluate.examples", "crop_padding", "steps_per_dispatch", "optimizer.learning_rate", "dense.learning_rate",
-            "optimizer.weight_decay", "dense.weight_decay", "optimizer.warmup_epochs"),
-    }  # fmt: skip
-    for least, names in at_least.items():
-        for name in names:
+    sizes = "batch_size epochs dense.epochs evaluate.batch_size evaluate.every_epochs checkpoint_every_epochs "
+    sizes += "log_every_steps optimizer.decay_every"
+    amounts = "seed holdout train_examples evaluate.examples crop_padding steps_per_dispatch optimizer.learning_rate "
+    amounts += "dense.learning_rate optimizer.weight_decay dense.weight_decay optimizer.warmup_epochs"
+    for least, names in ((1, sizes), (0, amounts)):
+        for name in names.split():
             value: Any = c
             for part in name.split("."):
                 value = getattr(value, part)
@@ -249,5 +246,4 @@ def _check(c: Config) -> None:
         c.holdout,
         "The best checkpoint is chosen on held-out training images.",
     )
-    need(c.dataset != "npz" or bool(c.data_path), "data_path", "the path of an .npz file", "''",
-         "Add --config.data_path=FILE.npz")  # fmt: skip
+    need(c.dataset != "npz" or bool(c.data_path), "data_path", "an .npz file", "''", "Add --config.data_path=FILE.npz")

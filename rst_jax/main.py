@@ -94,9 +94,9 @@ def draw(run: Run) -> None:
     tickets = run.tickets() if task != "report" else []
     if task in ("draw", "evaluate", "transfer", "r2s"):
         run.say("evaluating on the test images")
-        crossed = cross(run.evaluator, tickets, run.dataset, run.workdir / "results" / "flags", run.is_main)
+        crossed = cross(run.evaluator, tickets, run.dataset, run.workdir / "results" / "flags")
         for part, record in (("evaluate", _evaluate), ("transfer", _transfer), ("r2s", _switch)):
-            if task in ("draw", part) and run.is_main:
+            if task in ("draw", part):
                 record(run, tickets, crossed)
         if task in ("draw", "evaluate"):
             _gallery(run, tickets)
@@ -112,7 +112,12 @@ def _evaluate(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
         record = ticket_record(
             ticket, run.evaluator.attack_record, crossed.natural[i], crossed.robust[i, i], crossed.violations[i]
         )
-        write_json(run.workdir / "results" / f"{ticket.meta['name']}.json", record)
+        _keep(run, ticket.meta["name"], record)
+
+
+def _keep(run: Run, name: str, record: Any) -> None:
+    if run.is_main:
+        write_json(run.workdir / "results" / f"{name}.json", record)
 
 
 def _drawn(tickets: list[Ticket]) -> list[Ticket]:
@@ -120,7 +125,7 @@ def _drawn(tickets: list[Ticket]) -> list[Ticket]:
 
 
 def _transfer(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
-    write_json(run.workdir / "results" / "transfer.json", transfer_record(crossed, _drawn(tickets), run.evaluator))
+    _keep(run, "transfer", transfer_record(crossed, _drawn(tickets), run.evaluator))
 
 
 def _switch(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
@@ -131,7 +136,7 @@ def _switch(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
         if by_name[ticket.meta["name"]].digest != ticket.digest:
             raise ValueError(f"{run.workdir}: {ticket.meta['name']} differs between tickets/ and checkpoints/tickets.")
     record = r2s_record(crossed, drawn, np.full(len(drawn), 1 / len(drawn)), run.evaluator)
-    write_json(run.workdir / "results" / "r2s.json", record)
+    _keep(run, "r2s", record)
 
 
 def _gallery(run: Run, tickets: list[Ticket]) -> None:

@@ -48,6 +48,16 @@ def fetch(tree: Tree) -> Tree:
     return jax.tree.map(get, tree)
 
 
+def from_main(tree: Tree) -> Tree:
+    """What the first process holds, on all of them: arrays of the same shapes everywhere. They wait for one another.
+
+    What depends on files must go through here, since processes may see a file at different times.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes files and talks to people."""
     return jax.process_index() == 0

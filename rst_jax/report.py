@@ -81,10 +81,11 @@ def _sentences(results: Results) -> list[str]:
     if violations := sum(record.violations for record in results.tickets):
         told.append(f"{violations} adversarial images left the threat model and were not counted.")
     if r := results.r2s:
+        single = f"best single ticket ({r.best_single_name}) {100 * r.best_single:.1f} %"
         told.append(
-            f"R2S over {len(r.names)} tickets: {100 * r.natural:.1f} % natural; {100 * r.transfer_only:.1f} % when one random "
-            f"ticket is attacked (transfer only, the paper's figure); {100 * r.worst_of_pool:.1f} % under the worst of "
-            f"these attacks for each image; best single ticket ({r.best_single_name}) {100 * r.best_single:.1f} %."
+            f"R2S over {len(r.names)} tickets: {100 * r.natural:.1f} % natural; {100 * r.transfer_only:.1f} % when one "
+            f"random ticket is attacked (transfer only, the paper's figure); {100 * r.worst_of_pool:.1f} % under "
+            f"the worst of these attacks for each image; {single}."
         )
     return told
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from rst_jax import subnet
 from rst_jax.loop import Best, Job
+from rst_jax.mesh import from_main
 from rst_jax.r2s import save_r2s
 from rst_jax.run import Run, Tree, name_of
 from rst_jax.state import TicketState
@@ -38,7 +39,7 @@ def search(run: Run) -> list[Ticket]:
 
 def _draw(run: Run, job: Job, variables: dict[str, Tree], selection: Tree, ratio: float) -> Ticket:
     path = run.ticket_path(job.name)
-    if path.exists():
+    if from_main(np.asarray(path.exists())):
         run.say(f"{job.name}: already drawn")
         return load_ticket(path)
     searching = job.trainable == "scores"
@@ -71,6 +72,7 @@ def _draw(run: Run, job: Job, variables: dict[str, Tree], selection: Tree, ratio
     ticket = Ticket.make(run.model_spec, run.image_shape, ratio, best.state.params, masks, best.state.batch_stats, meta)
     if run.is_main:
         ticket.save(path)
+    from_main(np.zeros(()))  # nobody goes on before the file is there
     kept, total = ticket.weight_counts
     run.say(
         f"{job.name}: {kept:,} of {total:,} weights, {100 * best.natural:.1f} % natural, {100 * best.robust:.1f} % "

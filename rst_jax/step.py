@@ -147,7 +147,7 @@ def make_train_step(
     batch_size: int,
     rows: int,
     many: bool = False,
-) -> Callable[..., tuple[TicketState, dict[str, jax.Array]]]:
+) -> Any:
     """The compiled step over the mesh: `step(state, data, order, first, selection, key, count)`.
 
     Args of the result:

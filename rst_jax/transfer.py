@@ -9,6 +9,7 @@ import numpy as np
 
 from rst_jax.data import Dataset
 from rst_jax.evaluate import Evaluator
+from rst_jax.mesh import from_main, is_main
 from rst_jax.records import TransferRecord, provenance
 from rst_jax.ticket import Ticket
 
@@ -28,7 +29,7 @@ class Crossed:
     violations: list[int]
 
 
-def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder: Path, write: bool = True) -> Crossed:
+def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder: Path) -> Crossed:
     """Attack every ticket on the test images and let every ticket judge.
 
     The flags of each source are kept in `folder`, so that what is finished is not done again; they are used
@@ -39,20 +40,30 @@ def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder:
     natural, robust, violations = [], [], []
     for source in tickets:
         path = folder / f"{source.meta['name']}.npz"
-        flags = _read(path, stamp + source.digest)
-        if flags is None:
+        flags = _read(path, stamp + source.digest) if is_main() else None
+        if not from_main(np.asarray(flags is not None)):
             adversarial, outside = evaluator.attack(source.variables, images, split.labels, split.ids)
             flags = {
                 "natural": evaluator.correct(source.variables, images, split.labels),
                 "robust": np.stack([evaluator.correct(t.variables, adversarial, split.labels) for t in tickets]),
-                "violations": np.asarray(outside),
+                "violations": np.asarray(outside, np.int64),
             }
-            if write:
+            if is_main():
                 _write(path, flags, stamp + source.digest)
+        else:
+            flags = from_main(flags or _blank(len(tickets), len(split)))
         natural.append(flags["natural"])
         robust.append(flags["robust"])
         violations.append(int(flags["violations"]))
     return Crossed(np.stack(natural), np.stack(robust), violations)
+
+
+def _blank(tickets: int, images: int) -> dict[str, np.ndarray]:
+    return {
+        "natural": np.zeros(images, bool),
+        "robust": np.zeros((tickets, images), bool),
+        "violations": np.zeros((), np.int64),
+    }
 
 
 def _read(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
@@ -61,7 +72,7 @@ def _read(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
             found = {name: file[name] for name in file.files}
     except (EOFError, OSError, ValueError, zipfile.BadZipFile):
         return None
-    return found if str(found.get("stamp")) == stamp else None
+    return found if str(found.pop("stamp", "")) == stamp else None
 
 
 def _write(path: Path, flags: dict[str, np.ndarray], stamp: str) -> None:

@@ -66,7 +66,10 @@ def test_mask_of_continuous_scores_in_float64():
         np.testing.assert_array_equal(subnet.top_k_mask(jnp.asarray(scores), 100), numpy_mask(scores, 100))
 
 
-@pytest.mark.parametrize(("n", "ratio", "kept"), [(100, 0.1, 10), (77360, 0.1, 7736), (10, 0.05, 1), (3, 0.5, 2), (9, 1.0, 9), (1000, 0.9, 901)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "ratio", "kept"),
+    [(100, 0.1, 10), (77360, 0.1, 7736), (10, 0.05, 1), (3, 0.5, 2), (9, 1.0, 9), (1000, 0.9, 901)],
+)
 def test_kept_count(n, ratio, kept):
     assert subnet.kept_count(n, ratio) == n - int((1 - ratio) * n) == kept
 

@@ -91,7 +91,7 @@ def load_dataset(config: Config) -> Dataset:
     if config.evaluate.examples:
         test = test.take(np.arange(min(config.evaluate.examples, len(test))))
     mean, std = STATISTICS.get(config.dataset) or _statistics(rest.images, levels)
-    classes = int(train.labels.max()) + 1
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
     names = names or tuple(str(i) for i in range(classes))
     return Dataset(config.dataset, rest, held_out, test, len(names), levels, mean, std, names)
 
