@@ -23,7 +23,7 @@ from rst_jax import search
 from rst_jax.evaluate import ticket_record
 from rst_jax.metrics import make_say
 from rst_jax.r2s import load_r2s, r2s_record
-from rst_jax.records import write_json
+from rst_jax.records import write_arrays, write_json
 from rst_jax.report import read_results, table, write_report
 from rst_jax.run import Run, claimed, name_of
 from rst_jax.ticket import Ticket
@@ -148,16 +148,16 @@ def _gallery(run: Run, tickets: list[Ticket]) -> None:
     adversarial, _ = run.evaluator.attack(best.variables, clean, split.labels, split.ids)
     said = [np.argmax(run.evaluator.logits(best.variables, x), -1) for x in (clean, adversarial)]
     if run.is_main:
-        np.savez_compressed(
-            run.workdir / "results" / "gallery.npz",
-            clean=clean,
-            adversarial=adversarial,
-            labels=split.labels,
-            clean_prediction=said[0],
-            adversarial_prediction=said[1],
-            names=np.asarray(run.dataset.class_names),
-            ticket=np.asarray(best.meta["name"]),
-        )
+        arrays = {
+            "clean": clean,
+            "adversarial": adversarial,
+            "labels": split.labels,
+            "clean_prediction": said[0],
+            "adversarial_prediction": said[1],
+            "names": np.asarray(run.dataset.class_names),
+            "ticket": np.asarray(best.meta["name"]),
+        }
+        write_arrays(run.workdir / "results" / "gallery.npz", arrays)
 
 
 def _parse(argv: list[str]) -> tuple[config_lib.Config, dict[str, Any]]:

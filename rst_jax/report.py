@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rst_jax.metrics import read_lines
-from rst_jax.records import Accuracy, R2SRecord, TicketRecord, TransferRecord, read_json, write_text
+from rst_jax.records import Accuracy, R2SRecord, TicketRecord, TransferRecord, read_arrays, read_json, write_text
 
 _INK, _MUTED = "#1b2530", "#5c6b7a"
 _ROBUST, _NATURAL = "#b3403a", "#2f6690"
@@ -44,7 +44,7 @@ def read_results(workdir: Path, names: list[str]) -> Results:
         read_json(transfer, TransferRecord) if transfer.exists() else None,
         read_json(r2s, R2SRecord) if r2s.exists() else None,
         read_lines(workdir / "metrics.jsonl"),
-        dict(np.load(gallery, allow_pickle=False)) if gallery.exists() else None,
+        read_arrays(gallery) if gallery.exists() else None,
     )
 
 

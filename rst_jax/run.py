@@ -140,7 +140,7 @@ def claimed(workdir: Path, config: Config) -> Iterator[None]:
     record = workdir / "config.json"
     if workdir.is_file():
         raise ValueError(f"workdir {workdir} is a file; take a folder.")
-    if workdir.exists() and not record.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
+    if workdir.exists() and not record.exists() and any(p.name[0] != "." for p in workdir.iterdir()):
         raise ValueError(f"workdir {workdir} holds other files and no run; take an empty or a new folder.")
     if config.task not in ("draw", "search") and not record.exists():
         raise ValueError(f"workdir {workdir} holds no run; start with --config.task=draw.")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,7 @@ def make_update(
     def update(
         state: TicketState, images: jax.Array, labels: jax.Array, noise: Any, selection: Tree
     ) -> tuple[TicketState, dict[str, jax.Array]]:
+        chex.assert_rank([images, labels], [4, 1])
         searching = s.trainable == "scores"
         masks = subnet.masks(state.scores, selection) if searching else selection
         trained = state.scores if searching else state.params

@@ -1,15 +1,12 @@
 """A ticket and its file.
 
-A `.ticket` file is an uncompressed zip that NumPy can read (no pickle): `meta.json` as bytes, the packed mask
+A `.ticket` file is a zip that NumPy can read (no pickle): `meta.json` as bytes, the packed mask
 of each kernel, the batch statistics, and the weights that the masks keep.
 """
 
 import dataclasses
-import io
 import json
 import math
-import os
-import zipfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ import numpy as np
 
 from rst_jax import subnet
 from rst_jax.models import make_model
-from rst_jax.records import digest
+from rst_jax.records import digest, read_arrays, write_arrays
 
 Tree = Any
 _FORMAT = 1
@@ -134,13 +131,7 @@ class Ticket:
             arrays[f"weight/{name}"] = _shrink(weight[keep])
         for name, value in _flat(self.batch_stats):
             arrays[f"stats/{name}"] = np.asarray(value)
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
+        write_arrays(Path(path), arrays)
 
 
 def _shrink(values: np.ndarray) -> np.ndarray:
@@ -192,9 +183,8 @@ def load_ticket(path: str | Path) -> Ticket:
       ValueError: there is no such file, it is not a ticket, or its digest does not match its content.
     """
     path = Path(path)
+    arrays = read_arrays(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
         meta = json.loads(arrays["meta"].tobytes())
         if meta["format"] != _FORMAT:
             raise ValueError(f"it has format {meta['format']}, this version reads {_FORMAT}")
@@ -223,9 +213,7 @@ def load_ticket(path: str | Path) -> Ticket:
             batch_stats=_nest(part("stats/")),
             meta=meta["meta"],
         )
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such ticket.") from None
-    except (EOFError, OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: this is not a readable ticket: {error}.") from error
     if ticket.digest != meta["digest"]:
         raise ValueError(

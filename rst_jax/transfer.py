@@ -1,8 +1,6 @@
 """Crossing tickets: images made against one, judged by all (the paper's transfer matrix)."""
 
 import dataclasses
-import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ import numpy as np
 from rst_jax.data import Dataset
 from rst_jax.evaluate import Evaluator
 from rst_jax.mesh import from_main, is_main
-from rst_jax.records import TransferRecord, provenance
+from rst_jax.records import TransferRecord, provenance, read_arrays, write_arrays
 from rst_jax.ticket import Ticket
 
 
@@ -49,7 +47,7 @@ def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder:
                 "violations": np.asarray(outside, np.int64),
             }
             if is_main():
-                _write(path, flags, stamp + source.digest)
+                write_arrays(path, {**flags, "stamp": np.asarray(stamp + source.digest)})
         else:
             flags = from_main(flags or _blank(len(tickets), len(split)))
         natural.append(flags["natural"])
@@ -68,18 +66,10 @@ def _blank(tickets: int, images: int) -> dict[str, np.ndarray]:
 
 def _read(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except (EOFError, OSError, ValueError, zipfile.BadZipFile):
+        found = read_arrays(path)
+    except ValueError:
         return None
     return found if str(found.pop("stamp", "")) == stamp else None
-
-
-def _write(path: Path, flags: dict[str, np.ndarray], stamp: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez_compressed(temporary, stamp=np.asarray(stamp), **flags)  # type: ignore[arg-type]
-    temporary.replace(path)
 
 
 def transfer_record(crossed: Crossed, tickets: list[Ticket], evaluator: Evaluator) -> TransferRecord:

@@ -1,5 +1,6 @@
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,12 +42,10 @@ def host(tree):
 
 
 def assert_equal(a, b, **tolerance):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        if tolerance:
-            np.testing.assert_allclose(x, y, **tolerance)
-        else:
-            np.testing.assert_array_equal(x, y)
+    if tolerance:
+        chex.assert_trees_all_close(a, b, **tolerance)
+    else:
+        chex.assert_trees_all_equal(a, b)
 
 
 def run(mesh, steps, settings=SEARCH, ratio=0.5, rows=BATCH, step=None, selection=None, trainable="scores"):

@@ -5,12 +5,12 @@ them into a network's input.
 """
 
 import dataclasses
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from rst_jax.config import Config
+from rst_jax.records import read_arrays
 
 # Of each channel, on the [0, 1] scale; other datasets use those of their own training images.
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -118,12 +118,12 @@ def _digits() -> tuple[Split, Split]:
 def _npz(path: Path) -> tuple[Split, Split]:
     if not path.is_file():
         raise ValueError(f"config: data_path must name an .npz file; there is none at {path}.")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")}
-    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: expected an .npz file with x_train, y_train, x_test and y_test; {error}.") from error
-    for name, array in found.items():
+    found = read_arrays(path)
+    wanted = ("x_train", "y_train", "x_test", "y_test")
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(f"{path}: expected {', '.join(wanted)}; {', '.join(missing)} missing.")
+    for name in wanted:
+        array = found[name]
         if name[0] == "x" and (array.dtype != np.uint8 or array.ndim != 4):
             raise ValueError(f"{path}: {name} must be uint8 [N, H, W, C]; got {array.dtype} {array.shape}.")
         if name[0] == "y" and (not np.issubdtype(array.dtype, np.integer) or array.ndim != 1):

@@ -1,0 +1,26 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rst_jax.mesh import fetch, from_main, is_main, make_mesh, replicate, split_rows
+
+
+def test_replicated_and_split_arrays_come_back_whole():
+    mesh = make_mesh()
+    assert mesh.size == 4
+    x = np.arange(8.0).reshape(8, 1)
+    everywhere, rows = replicate({"x": x}, mesh), split_rows(x, mesh)
+    assert len(everywhere["x"].addressable_shards) == len(rows.addressable_shards) == 4
+    assert all(s.data.shape == (8, 1) for s in everywhere["x"].addressable_shards)
+    assert all(s.data.shape == (2, 1) for s in rows.addressable_shards)
+    np.testing.assert_array_equal(fetch(everywhere)["x"], x)
+    np.testing.assert_array_equal(fetch(rows), x)
+    assert replicate(everywhere, mesh)["x"] is everywhere["x"]
+
+
+def test_one_process_is_the_main_one_and_agrees_with_itself():
+    assert is_main()
+    tree = {"a": np.arange(3)}
+    assert from_main(tree) is tree
+    assert fetch(jnp.ones(2)).sum() == 2
+    assert make_mesh(jax.devices()[:2]).size == 2
