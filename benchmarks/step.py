@@ -47,7 +47,7 @@ def timed(run: Callable[[], Any], runs: int) -> list[float]:
 def ours(name: str, images: np.ndarray, labels: np.ndarray, ratio: float, runs: int) -> dict[str, Any]:
     """The project's own step, data already on the device."""
     on_cpu = jax.devices()[0].platform == "cpu"
-    model = make_model(name, 10, MEAN, STD, dtype=jnp.float32 if on_cpu else jnp.bfloat16)
+    model: Any = make_model(name, 10, MEAN, STD, dtype=jnp.float32 if on_cpu else jnp.bfloat16)
     mesh, rows = make_mesh(jax.devices()[:1]), len(labels)
     sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
     settings = Settings("scores", ThreatModel(EPS), STEPS, STEP, crop_padding=4, flip=True, unroll=on_cpu)
@@ -70,7 +70,8 @@ def ours(name: str, images: np.ndarray, labels: np.ndarray, ratio: float, runs: 
 
     masks = jax.jit(subnet.masks)
     mask_s = timed(lambda: jax.block_until_ready(masks(box[0].scores, kept)), runs)
-    return {"seconds": timed(run, runs), "mask_seconds": mask_s, "compile_seconds": compile_s}
+    dtype = str(jnp.dtype(model.dtype))
+    return {"seconds": timed(run, runs), "mask_seconds": mask_s, "compile_seconds": compile_s, "dtype": dtype}
 
 
 def released(name: str, images: np.ndarray, labels: np.ndarray, ratio: float, runs: int) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def released(name: str, images: np.ndarray, labels: np.ndarray, ratio: float, ru
         @staticmethod
         def forward(ctx: Any, scores: Any) -> Any:
             order = scores.flatten().argsort()
-            mask = torch.zeros(scores.numel())
+            mask = torch.zeros(scores.numel(), device=scores.device)
             mask[order[int((1 - ratio) * scores.numel()) :]] = 1
             return mask.reshape(scores.shape)
 
@@ -144,7 +145,7 @@ def released(name: str, images: np.ndarray, labels: np.ndarray, ratio: float, ru
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return {"seconds": timed(step, runs), "version": torch.__version__}
+    return {"seconds": timed(step, runs), "dtype": "float32", "version": torch.__version__}
 
 
 def main() -> None:
@@ -166,7 +167,8 @@ def main() -> None:
     for name, m in measured.items():
         s = m["seconds"]
         median = statistics.median(s)
-        print(f"{name:24} median {median:.3f} s [{min(s):.3f}, {max(s):.3f}]  {args.batch / median:.1f} images/s")
+        rate = f"{args.batch / median:.1f} images/s, {m['dtype']}"
+        print(f"{name:24} median {median:.3f} s [{min(s):.3f}, {max(s):.3f}]  {rate}")
     mine = measured["rst_jax"]
     print(
         f"{'compile':24} {mine['compile_seconds']:.1f} s; masks {statistics.median(mine['mask_seconds']):.3f} s a step"

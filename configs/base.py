@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
 
     # What to do: "draw" = search every ratio, train the dense network, evaluate, cross, switch, report.
-    # Its parts: "search", "evaluate", "transfer", "r2s", "report".
+    # Its parts: "search", "evaluate", "transfer" and "r2s" (each after evaluate), "report".
     c.task = "draw"
     c.seed = 0  # of the weights, the scores, the data order and the attacks
 

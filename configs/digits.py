@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     c.dense.learning_rate = 0.3
     c.dense.epochs = 25
     c.evaluate.step_size = 0.012
-    c.evaluate.batch_size = 360
+    c.evaluate.batch_size = 180
     c.evaluate.every_epochs = 5
     c.checkpoint_every_epochs = 5
     c.log_every_steps = 10

@@ -5,6 +5,7 @@ and, for each ratio, packed masks and batch statistics. Orbax writes to a tempor
 kill leaves the checkpoint before.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rst_jax import subnet
+from rst_jax.mesh import from_main
 from rst_jax.state import TicketState
 
 Tree = Any
 
 
-def _manager(directory: Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
@@ -32,7 +34,8 @@ class RunCheckpoints:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._latest, self._best = _manager(directory / "latest"), _manager(directory / "best")
+        # Two of the best: a kill may come after a new one is saved and before the latest that speaks of it.
+        self._latest, self._best = _manager(directory / "latest", 1), _manager(directory / "best", 2)
 
     def save_latest(self, state: TicketState, progress: dict[str, Any]) -> None:
         """Save the state after its step, replacing the one before."""
@@ -41,10 +44,8 @@ class RunCheckpoints:
         self._latest.save(step, args=args)
 
     def save_best(self, state: TicketState) -> None:
-        """Save the state as the best so far; the same step may be written again after a resume."""
+        """Save the state as the best so far."""
         step = int(state.step)
-        if step in self._best.all_steps():
-            self._best.delete(step)
         self._best.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
 
     def restore_latest(self, like: TicketState) -> tuple[TicketState, dict[str, Any]] | None:
@@ -54,6 +55,8 @@ class RunCheckpoints:
           ValueError: the checkpoint is broken or of another network; its folder is named.
         """
         step = self._latest.latest_step()
+        for ahead in [s for s in self._best.all_steps() if s > (step or 0)]:
+            self._best.delete(ahead)  # of the stretch that is now run again
         if step is None:
             return None
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)), progress=ocp.args.JsonRestore())
@@ -90,7 +93,7 @@ def save_tickets(directory: Path, params: Tree, tickets: dict[str, dict[str, Tre
     """The frozen weights once, and of each ratio the packed masks and the batch statistics.
 
     Args:
-      directory: is written anew.
+      directory: a folder that appears whole, the one before it kept until then.
       params: the weights that all tickets share.
       tickets: name to {"masks": bool trees, "batch_stats": tree}.
       about: plain values to keep beside them.
@@ -102,15 +105,23 @@ def save_tickets(directory: Path, params: Tree, tickets: dict[str, dict[str, Tre
         },
     }
     shapes = jax.tree.map(lambda m: list(m.shape), next(iter(tickets.values()))["masks"])
+    new, old = (directory.with_name(f".{directory.name}-{age}") for age in ("new", "old"))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
-            directory.absolute(),
+            new.absolute(),
             args=ocp.args.Composite(
                 tickets=ocp.args.StandardSave(jax.tree.map(np.asarray, content)),
                 about=ocp.args.JsonSave({"mask_shapes": shapes, **about}),
             ),
             force=True,
         )
+    if jax.process_index() == 0:
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            directory.rename(old)
+        new.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    from_main(np.zeros(()))  # nobody reads before it is in place
 
 
 def restore_tickets(directory: Path) -> tuple[Tree, dict[str, dict[str, Tree]], dict[str, Any]]:

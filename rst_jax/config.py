@@ -111,10 +111,6 @@ class Config:
         """Plain dicts, lists and numbers, for JSON."""
         return dataclasses.asdict(self)
 
-    def replace(self, **changes: Any) -> "Config":
-        """A copy with other top-level fields, checked again."""
-        return dataclasses.replace(self, **changes)
-
 
 def from_dict(fields: Mapping[str, Any]) -> Config:
     """A ConfigDict (or a dict of dicts) as a checked Config.
@@ -196,12 +192,9 @@ def _check(c: Config) -> None:
             ratio,
             "They are the fractions of weights kept.",
         )
-    need(
-        len(set(c.remaining_ratios)) == len(c.remaining_ratios),
-        "remaining_ratios",
-        "distinct",
-        c.remaining_ratios,
-    )
+    names = {f"{ratio:g}" for ratio in c.remaining_ratios}
+    need(len(names) == len(c.remaining_ratios), "remaining_ratios", "distinct to six digits", c.remaining_ratios)
+    need(c.seed < 2**32, "seed", "below 2**32", c.seed)
     need(
         not c.scale_fan or len(c.remaining_ratios) == 1,
         "scale_fan",
@@ -233,8 +226,8 @@ def _check(c: Config) -> None:
     sizes += "log_every_steps optimizer.decay_every"
     amounts = "seed holdout train_examples evaluate.examples crop_padding steps_per_dispatch optimizer.learning_rate "
     amounts += "dense.learning_rate optimizer.weight_decay dense.weight_decay optimizer.warmup_epochs"
-    for least, names in ((1, sizes), (0, amounts)):
-        for name in names.split():
+    for least, fields in ((1, sizes), (0, amounts)):
+        for name in fields.split():
             value: Any = c
             for part in name.split("."):
                 value = getattr(value, part)

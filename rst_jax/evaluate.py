@@ -41,19 +41,12 @@ class Evaluator:
             f"PGD-{e.steps}", config.threat.norm, config.threat.eps, e.steps, e.step_size, 1, config.seed
         )
         unroll = config.unroll == "unroll" or (config.unroll == "auto" and mesh.devices.flat[0].platform == "cpu")
-        with jax.default_matmul_precision("highest"):
-            self._attack = make_attack_step(
-                model, self.threat, mesh, steps=e.steps, step_size=e.step_size, unroll=unroll
-            )
-            self._predict = make_predict_step(model, mesh)
+        self._attack = make_attack_step(model, self.threat, mesh, steps=e.steps, step_size=e.step_size, unroll=unroll)
+        self._predict = make_predict_step(model, mesh)
 
     def _batched(self, run: Any, arrays: tuple[np.ndarray, ...], label: str) -> np.ndarray:
         """run(*rows) over all rows, padded to whole batches with zeros, which are cut off again."""
-        n, size, outputs = (
-            len(arrays[0]),
-            min(self.batch_size, -(-len(arrays[0]) // self.mesh.size) * self.mesh.size),
-            [],
-        )
+        n, size, outputs = len(arrays[0]), self.batch_size, []
         with jax.default_matmul_precision("highest"), progress(n, 0, label, "image") as bar:
             for first in range(0, n, size):
                 rows = [a[first : first + size] for a in arrays]

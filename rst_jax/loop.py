@@ -45,6 +45,20 @@ class Best:
     robust: float
 
 
+def batch_sizes(n: int, batch_size: int, devices: int) -> list[int]:
+    """The batches of an epoch of n images: whole ones, then a short one of what the devices can share evenly.
+
+    Raises:
+      ValueError: the devices cannot share a batch, or there is none.
+    """
+    if batch_size % devices:
+        raise ValueError(f"config: batch_size must be a multiple of the {devices} devices; got {batch_size}.")
+    tail = n % batch_size // devices * devices
+    if not n // batch_size and not tail:
+        raise ValueError(f"config: {n} training images do not make a batch on {devices} devices.")
+    return [batch_size] * (n // batch_size) + ([tail] if tail else [])
+
+
 class Trainer:
     """Trains networks of one shape on one dataset; jobs that differ only in their state share compiled steps.
 
@@ -70,13 +84,10 @@ class Trainer:
     ):
         self.config, self.model, self.mesh, self.data, self.keys = config, model, mesh, data, keys
         self.workdir, self.writer, self.say = workdir, writer, say
-        n, whole = len(data.labels), config.batch_size
-        if whole % mesh.size:
-            raise ValueError(f"config: batch_size must be a multiple of the {mesh.size} devices; got {whole}.")
-        tail = n % whole // mesh.size * mesh.size  # a remainder that the devices cannot share evenly is left out
-        self.batches = [whole] * (n // whole) + ([tail] if tail else [])
-        if not self.batches:
-            raise ValueError(f"config: {n} training images do not make a batch on {mesh.size} devices.")
+        n = len(data.labels)
+        self.batches = batch_sizes(n, config.batch_size, mesh.size)
+        if left := n - sum(self.batches):
+            say(f"{left} of {n} training images an epoch are left out: {mesh.size} devices cannot share them evenly")
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.dispatch = config.steps_per_dispatch or (1 if on_cpu else _STEPS_A_DISPATCH)
         self._steps: dict[Any, Callable] = {}
@@ -137,7 +148,7 @@ class Trainer:
         job: Job,
         variables: dict[str, Tree],
         selection: Tree,
-        validate: Callable[[TicketState, Tree], tuple[float, float]],
+        validate: Callable[[TicketState], tuple[float, float]],
     ) -> Best:
         """Train from step 0 or from the job's last checkpoint, and return its best state.
 
@@ -145,7 +156,7 @@ class Trainer:
           job: what to train.
           variables: params, scores and batch_stats to start from.
           selection: kept counts or fixed masks; see `rst_jax.step.make_update`.
-          validate: natural and robust accuracy of (state, selection) on the images that choose the best.
+          validate: natural and robust accuracy of a state on the images that choose the best.
 
         Raises:
           FloatingPointError: the loss or what is trained is not finite; the step and the first such layer are named.
@@ -156,10 +167,16 @@ class Trainer:
         checkpoints = RunCheckpoints(self.workdir / "checkpoints" / job.name)
         state = self.begin(job, variables)
         kept: dict[str, Any] = {"best_step": -1, "best_epoch": 0, "best_natural": 0.0, "best_robust": -1.0}
+        kept["per_epoch"] = per_epoch
         if restored := checkpoints.restore_latest(state):
             state, kept = restored
+            if kept["per_epoch"] != per_epoch:
+                raise ValueError(
+                    f"{job.name}: its checkpoint counts {kept['per_epoch']} steps an epoch, these {self.mesh.size} "
+                    f"devices make {per_epoch}. Go on with as many devices as before, or take a new --workdir."
+                )
         step = int(state.step)
-        if 0 < step < total:
+        if step:
             self.say(f"{job.name}: going on after epoch {step / per_epoch:.4g} of {job.epochs}")
         if step < total:
             self.writer.begin(job.name, step)
@@ -196,14 +213,15 @@ class Trainer:
                 last, done = step == total, step // per_epoch
                 improved = False
                 if last or done % c.evaluate.every_epochs == 0:
-                    natural, robust = validate(state, selection)
+                    natural, robust = validate(state)
                     self.writer.write(job.name, step, {"epoch": done, "natural": natural, "robust": robust})
                     improved = robust > kept["best_robust"]
                     if improved:
-                        kept = {"best_step": step, "best_epoch": done, "best_natural": natural, "best_robust": robust}
+                        kept |= {"best_step": step, "best_epoch": done, "best_natural": natural, "best_robust": robust}
                         checkpoints.save_best(state)
                 if last or improved or done % c.checkpoint_every_epochs == 0:
                     checkpoints.save_latest(state, kept)
+                    self.writer.flush()
         self.writer.close()
         best = checkpoints.restore_best(state, kept["best_step"])
         checkpoints.close()
@@ -224,9 +242,7 @@ def _finite(tree: Tree) -> jax.Array:
 
 
 def _diagnose(name: str, step: int, loss: float, state: TicketState) -> str:
-    for collection in ("scores", "params", "batch_stats"):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(state, collection)):
-            if not bool(jnp.all(jnp.isfinite(leaf))):
-                where = f"{collection}{jax.tree_util.keystr(path)} is the first layer with values that are not finite"
-                return f"{name}: the loss is {loss} at step {step}; {where}. Try a smaller optimizer.learning_rate."
-    return f"{name}: the loss is {loss} at step {step}, with finite weights. Try a smaller optimizer.learning_rate."
+    leaves = jax.tree_util.tree_leaves_with_path({"scores": state.scores, "params": state.params})
+    broken = [jax.tree_util.keystr(path) for path, leaf in leaves if not bool(jnp.all(jnp.isfinite(leaf)))]
+    where = f"{broken[0]} and {len(broken) - 1} more layers are not finite" if broken else "the weights are finite"
+    return f"{name}: the loss is {loss} when looked at in step {step}; {where}. Try a smaller learning_rate."

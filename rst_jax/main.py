@@ -38,7 +38,6 @@ _USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=
                       several processes (jax.distributed): the address of process 0 as HOST:PORT, how many, which;
                       --coordinator=auto where the cluster tells (TPU pods, SLURM)
 """
-_GALLERY = 10
 _FRACTION = re.compile(r"^(--?config\.[\w.]+=)(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)$")  # --config.threat.eps=8/255
 
 
@@ -60,21 +59,16 @@ def run_command(argv: list[str]) -> int:
         say = make_say(jax.process_index() == 0)
         run = Run(config, workdir, say)
         run.check_init()
-    except (ValueError, OSError) as error:
-        return _fail(error, 2)
-    if not run.is_main:
-        return _work(run)
-    try:
-        with claimed(workdir, config):
+        with claimed(workdir, run):
             return _work(run)
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         return _fail(error, 2)
 
 
 def _work(run: Run) -> int:
     try:
         draw(run)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, jax.errors.JaxRuntimeError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("stopped; the same command goes on from the last checkpoint.", 1)
@@ -91,16 +85,19 @@ def draw(run: Run) -> None:
     task = run.config.task
     if task in ("draw", "search"):
         search.search(run)
-    tickets = run.tickets() if task != "report" else []
-    if task in ("draw", "evaluate", "transfer", "r2s"):
+    if task == "search":
+        return
+    if task != "report":
+        tickets = run.tickets()
         run.say("evaluating on the test images")
         crossed = cross(run.evaluator, tickets, run.dataset, run.workdir / "results" / "flags")
-        for part, record in (("evaluate", _evaluate), ("transfer", _transfer), ("r2s", _switch)):
-            if task in ("draw", part):
-                record(run, tickets, crossed)
-        if task in ("draw", "evaluate"):
-            _gallery(run, tickets)
-    if task in ("draw", "evaluate", "report") and run.is_main:
+        _evaluate(run, tickets, crossed)
+        if task in ("draw", "transfer"):
+            _transfer(run, tickets, crossed)
+        if task in ("draw", "r2s"):
+            _switch(run, tickets, crossed)
+        _gallery(run, tickets, crossed)
+    if run.is_main:
         names = [name_of(r) for r in sorted(run.config.remaining_ratios)] + ["dense"]
         results = read_results(run.workdir, names)
         page = write_report(run.workdir, results)
@@ -133,20 +130,23 @@ def _switch(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
     by_name = {t.meta["name"]: t for t in defence.tickets}
     drawn = _drawn(tickets)
     for ticket in drawn:
-        if by_name[ticket.meta["name"]].digest != ticket.digest:
-            raise ValueError(f"{run.workdir}: {ticket.meta['name']} differs between tickets/ and checkpoints/tickets.")
+        stored = by_name.get(ticket.meta["name"])
+        if stored is None or stored.digest != ticket.digest:
+            raise ValueError(
+                f"{run.workdir}: {ticket.meta['name']} is not the same in tickets/ and checkpoints/tickets; "
+                "run --config.task=search, which writes the latter again."
+            )
     record = r2s_record(crossed, drawn, np.full(len(drawn), 1 / len(drawn)), run.evaluator)
     _keep(run, "r2s", record)
 
 
-def _gallery(run: Run, tickets: list[Ticket]) -> None:
-    """A few test images and their adversarial ones for the most robust ticket, for the report."""
-    drawn = _drawn(tickets)
-    best = max(drawn, key=lambda t: t.meta["selection_robust"])
-    split = run.dataset.test.take(np.arange(min(_GALLERY, len(run.dataset.test))))
+def _gallery(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
+    """The first test images and their adversarial ones for the most robust ticket, for the report."""
+    best = max(range(len(_drawn(tickets))), key=lambda i: tickets[i].meta["selection_robust"])
+    adversarial = crossed.shown[best]
+    split = run.dataset.test.take(np.arange(len(adversarial)))
     clean = run.dataset.scaled(split)
-    adversarial, _ = run.evaluator.attack(best.variables, clean, split.labels, split.ids)
-    said = [np.argmax(run.evaluator.logits(best.variables, x), -1) for x in (clean, adversarial)]
+    said = [np.argmax(run.evaluator.logits(tickets[best].variables, x), -1) for x in (clean, adversarial)]
     if run.is_main:
         arrays = {
             "clean": clean,
@@ -155,7 +155,7 @@ def _gallery(run: Run, tickets: list[Ticket]) -> None:
             "clean_prediction": said[0],
             "adversarial_prediction": said[1],
             "names": np.asarray(run.dataset.class_names),
-            "ticket": np.asarray(best.meta["name"]),
+            "ticket": np.asarray(tickets[best].meta["name"]),
         }
         write_arrays(run.workdir / "results" / "gallery.npz", arrays)
 

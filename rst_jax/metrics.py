@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rst_jax.mesh import is_main
 from rst_jax.records import write_text
 
 
@@ -58,7 +59,7 @@ class MetricsWriter:
         self.close()
         from tensorboardX import SummaryWriter  # slow to import
 
-        self._events = SummaryWriter(str(self._events_dir / run), purge_step=step + 1 if step else None)
+        self._events = SummaryWriter(str(self._events_dir / run), purge_step=step + 1)
 
     def write(self, run: str, step: int, values: dict[str, float]) -> None:
         """One row."""
@@ -70,6 +71,11 @@ class MetricsWriter:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Bring the events to the disk, so that a kill after this loses none."""
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -85,7 +91,7 @@ def progress(total: int, initial: int, label: str, unit: str) -> tqdm:
         initial=initial,
         desc=label,
         unit=unit,
-        disable=not sys.stderr.isatty(),
+        disable=not (is_main() and sys.stderr.isatty()),
         dynamic_ncols=True,
         leave=False,
     )

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import zipfile
+import zlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -201,7 +202,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in arrays.files}
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file.") from None
-    except (AttributeError, EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except (AttributeError, EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a readable file of arrays ({error}).") from error
 
 

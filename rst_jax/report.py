@@ -282,6 +282,7 @@ def _curves_plot(results: Results) -> str:
     names = [t.name for t in results.tickets]
     if not results.metrics:
         return ""
+    chosen = "held-out" if results.tickets[0].selected_on == "holdout" else "test"
     figure, (left, right) = _figure(9, 3.4, 2)
     for i, name in enumerate(names):
         rows = [row for row in results.metrics if row["run"] == name]
@@ -294,7 +295,7 @@ def _curves_plot(results: Results) -> str:
             steps, natural, robust = zip(*held, strict=True)
             right.plot(steps, natural, color=colour, linestyle=style, linewidth=0.8)
             right.plot(steps, robust, color=colour, linestyle=style, linewidth=1.8, marker="o", markersize=3)
-    for axes, label in ((left, "training accuracy under attack (%)"), (right, "held-out accuracy (%)")):
+    for axes, label in ((left, "training accuracy under attack (%)"), (right, f"{chosen} accuracy (%)")):
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.grid(axis="y", color="#e4e8eb")

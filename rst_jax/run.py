@@ -17,8 +17,8 @@ from rst_jax.config import Config
 from rst_jax.data import load_dataset
 from rst_jax.data.pipeline import Images
 from rst_jax.evaluate import Evaluator
-from rst_jax.loop import Trainer
-from rst_jax.mesh import is_main, make_mesh, replicate
+from rst_jax.loop import Trainer, batch_sizes
+from rst_jax.mesh import AXIS, from_main, is_main, make_mesh, replicate
 from rst_jax.metrics import MetricsWriter, Say
 from rst_jax.models import make_model
 from rst_jax.records import provenance, write_json
@@ -26,10 +26,6 @@ from rst_jax.state import init_variables
 from rst_jax.ticket import Ticket, load_ticket
 
 Tree = Any
-
-# What may differ when a workdir is used again: none of it changes a finished ticket.
-_FREE = {"task", "remaining_ratios", "data_dir", "data_path", "unroll", "steps_per_dispatch", "compilation_cache"}
-_FREE |= {"checkpoint_every_epochs", "log_every_steps"}
 
 
 def name_of(ratio: float) -> str:
@@ -51,12 +47,13 @@ class Run:
             "mean": list(self.dataset.mean),
             "std": list(self.dataset.std),
         }
-        self.module()  # an unknown name is refused before anything is written
+        batch_sizes(len(self.dataset.train), config.batch_size, self.mesh.size)
         self.dtype = config.compute_dtype
         if self.dtype == "auto":
             self.dtype = "float32" if self.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
         if self.dtype == "float64" and not jax.config.read("jax_enable_x64"):
             raise ValueError("config: compute_dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1.")
+        self.param_dtype = jnp.float64 if self.dtype == "float64" else jnp.float32
 
     def module(self, **types: Any) -> Any:
         """The network; `types` as in `make_model`."""
@@ -77,8 +74,8 @@ class Run:
             self.config,
             self.module(
                 dtype=jnp.dtype(self.dtype),
-                param_dtype=jnp.float64 if self.dtype == "float64" else jnp.float32,
-                bn_axis="data" if self.config.bn_sync else None,
+                param_dtype=self.param_dtype,
+                bn_axis=AXIS if self.config.bn_sync else None,
             ),
             self.mesh,
             replicate(Images(train.images, train.labels, train.ids, self.dataset.levels), self.mesh),  # type: ignore[arg-type]
@@ -98,7 +95,7 @@ class Run:
         """The untrained network that every ratio starts from: params, scores, batch_stats."""
         c = self.config
         return init_variables(
-            self.module(),
+            self.module(param_dtype=self.param_dtype),
             self.image_shape,
             jax.random.wrap_key_data(jnp.asarray(self.key("init"))),
             pattern=c.pattern,
@@ -117,7 +114,8 @@ class Run:
           ValueError: one is missing.
         """
         names = [name_of(r) for r in sorted(self.config.remaining_ratios)] + ["dense"] * self.config.dense.train
-        missing = [name for name in names if not self.ticket_path(name).exists()]
+        there = from_main(np.asarray([self.ticket_path(name).exists() for name in names]))
+        missing = [name for name, found in zip(names, there, strict=True) if not found]
         if missing:
             raise ValueError(
                 f"{self.workdir}: {', '.join(missing)} not drawn yet; run with --config.task=search first."
@@ -131,45 +129,67 @@ class Run:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, config: Config) -> Iterator[None]:
-    """Hold the workdir for this process, and check that it belongs to this configuration.
+def claimed(workdir: Path, run: Run) -> Iterator[None]:
+    """Hold the workdir for this run, and check that it belongs to this configuration and these images.
+
+    The first process holds it and tells the others whether it could.
 
     Raises:
       ValueError: another process holds it, it holds something else, or another configuration; nothing is written.
     """
-    record = workdir / "config.json"
+    refusal = None
+    with contextlib.ExitStack() as held:
+        if run.is_main:
+            try:
+                _claim(workdir, run, held)
+            except (ValueError, OSError) as error:
+                refusal = error
+        if from_main(np.asarray(refusal is not None)):
+            raise refusal or ValueError("the first process was refused; it says why.")
+        yield
+
+
+def _claim(workdir: Path, run: Run, held: contextlib.ExitStack) -> None:
+    record, drawing = workdir / "config.json", run.config.task in ("draw", "search")
     if workdir.is_file():
         raise ValueError(f"workdir {workdir} is a file; take a folder.")
     if workdir.exists() and not record.exists() and any(p.name[0] != "." for p in workdir.iterdir()):
         raise ValueError(f"workdir {workdir} holds other files and no run; take an empty or a new folder.")
-    if config.task not in ("draw", "search") and not record.exists():
+    if not drawing and not record.exists():
         raise ValueError(f"workdir {workdir} holds no run; start with --config.task=draw.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
+        lock = held.enter_context((workdir / ".lock").open("w"))
     except OSError as error:
         raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}.") from error
-    with lock:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(
+            f"workdir {workdir} is in use by another process; wait for it or take another --workdir."
+        ) from None
+    now = json.loads(json.dumps({"config": run.config.to_dict(), "dataset_digest": run.dataset.digest}))
+    before: dict[str, Any] = {}
+    if record.exists():
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"workdir {workdir} is in use by another process; wait for it or take another --workdir."
-            ) from None
-        now = json.loads(json.dumps(config.to_dict()))
-        if record.exists():
-            try:
-                before = json.loads(record.read_text())["config"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{record}: cannot be read ({error}); take a new --workdir.") from error
+            before = json.loads(record.read_text())
             changed = [
-                f"{name} was {before.get(name)!r}, now {value!r}"
-                for name, value in now.items()
-                if name not in _FREE and before.get(name) != value
+                f"{name} was {before['config'].get(name)!r}, now {value!r}"
+                for name, value in now["config"].items()
+                if before["config"].get(name) != value and not _may_change(name, run.config)
             ]
-            if changed:
-                raise ValueError(
-                    f"workdir {workdir} belongs to another configuration: {'; '.join(changed)}. Take a new --workdir."
-                )
-        write_json(record, {"config": now, "provenance": vars(provenance())})
-        yield
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{record}: cannot be read ({error}); take a new --workdir.") from error
+        if before.get("dataset_digest") != now["dataset_digest"]:
+            changed.append("the images are not the same")
+        if changed:
+            raise ValueError(f"workdir {workdir} belongs to another run: {'; '.join(changed)}. Take a new --workdir.")
+    if drawing and before.get("config") != now["config"]:
+        write_json(record, {**now, "provenance": vars(provenance())})
+
+
+def _may_change(field: str, config: Config) -> bool:
+    """What may differ when a workdir is used again, since it changes no finished ticket."""
+    free = {"task", "data_dir", "data_path", "unroll", "steps_per_dispatch", "compilation_cache"}
+    free |= {"checkpoint_every_epochs", "log_every_steps"}
+    return field in free or (field == "remaining_ratios" and not config.scale_fan)

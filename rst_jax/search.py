@@ -21,13 +21,13 @@ def search(run: Run) -> list[Ticket]:
     What is finished in the workdir is not done again; what was interrupted goes on.
     """
     c = run.config
-    run.check_init()
     tickets = []
     for ratio in sorted(c.remaining_ratios):
         kept = subnet.kept_counts(run.variables["scores"], ratio)
         job = Job(name_of(ratio), "scores", c.epochs, c.optimizer)
         tickets.append(_draw(run, job, run.variables, kept, ratio))
-    save_r2s(run.workdir / "checkpoints" / "tickets", run.variables["params"], tickets)
+    known = [load_ticket(path) for path in sorted(run.ticket_path("x").parent.glob("ratio-*.ticket"))]
+    save_r2s(run.workdir / "checkpoints" / "tickets", run.variables["params"], known)
     if c.dense.train:
         optimizer = dataclasses.replace(
             c.optimizer, learning_rate=c.dense.learning_rate, weight_decay=c.dense.weight_decay
@@ -40,8 +40,11 @@ def search(run: Run) -> list[Ticket]:
 def _draw(run: Run, job: Job, variables: dict[str, Tree], selection: Tree, ratio: float) -> Ticket:
     path = run.ticket_path(job.name)
     if from_main(np.asarray(path.exists())):
+        ticket = load_ticket(path)
+        if ticket.remaining_ratio != ratio:
+            raise ValueError(f"{path}: it has ratio {ticket.remaining_ratio}, not {ratio}; take a new --workdir.")
         run.say(f"{job.name}: already drawn")
-        return load_ticket(path)
+        return ticket
     searching = job.trainable == "scores"
     draw_masks = jax.jit(subnet.masks)
 
@@ -51,7 +54,7 @@ def _draw(run: Run, job: Job, variables: dict[str, Tree], selection: Tree, ratio
     masked = jax.jit(subnet.apply_masks)
     split = run.dataset.holdout if run.config.select_on == "holdout" else run.dataset.test
 
-    def validate(state: TicketState, _: Tree) -> tuple[float, float]:
+    def validate(state: TicketState) -> tuple[float, float]:
         variables = {"params": masked(state.params, masks_of(state)), "batch_stats": state.batch_stats}
         return run.evaluator.accuracies(variables, run.dataset, split)
 

@@ -59,7 +59,7 @@ def kept_counts(scores: Tree, remaining_ratio: float) -> Tree:
         if kept < 1:
             raise ValueError(
                 f"{jax.tree_util.keystr(path)}: remaining ratio {remaining_ratio} keeps none of {leaf.size} scores; "
-                f"take a ratio of at least {1 / leaf.size:.2g}."
+                "take a larger one."
             )
         return np.asarray(kept, np.int32)
 

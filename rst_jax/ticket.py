@@ -7,7 +7,7 @@ of each kernel, the batch statistics, and the weights that the masks keep.
 import dataclasses
 import json
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,26 +88,24 @@ class Ticket:
         per_score = jax.tree.map(lambda k, m: int(np.sum(m)) * (k.size // m.size), kernels, self.masks)
         return sum(jax.tree.leaves(per_score)), total
 
-    @cached_property
-    def _forward(self) -> Any:
-        return jax.jit(lambda variables, images: self.module.apply(variables, images, train=False))
-
     def __call__(self, images: Any) -> jax.Array:
         """Logits [N, num_classes] of images [N, H, W, C], floats in [0, 1].
 
         Raises:
           ValueError: another shape, integers, or values outside [0, 1].
         """
-        shape = tuple(np.shape(images))
+        images = images if isinstance(images, jax.Array) else np.asarray(images)
+        shape = tuple(images.shape)
         if len(shape) != 4 or shape[1:] != tuple(self.image_shape):
             raise ValueError(f"images must be [N, {', '.join(map(str, self.image_shape))}]; got {list(shape)}.")
         if not isinstance(images, jax.core.Tracer):
-            if not np.issubdtype(np.asarray(images).dtype, np.floating):
+            if not jnp.issubdtype(images.dtype, jnp.floating):
                 raise ValueError(f"images must be floats in [0, 1]; got {images.dtype}. Divide integers by 255.")
-            low, high = float(np.min(images, initial=0.0)), float(np.max(images, initial=0.0))
+            low, high = float(images.min(initial=0.0)), float(images.max(initial=0.0))
             if low < -1e-6 or not high <= 1 + 1e-6:
                 raise ValueError(f"images must lie in [0, 1]; got values from {low:.4g} to {high:.4g}.")
-        return self._forward(self.variables, jnp.asarray(images, jnp.float32))
+        with jax.default_matmul_precision("highest"):  # as it was measured
+            return _logits(self.module, self.variables, jnp.asarray(images, jnp.float32))
 
     def save(self, path: str | Path) -> None:
         """Write the file; it appears whole or not at all."""
@@ -132,6 +130,11 @@ class Ticket:
         for name, value in _flat(self.batch_stats):
             arrays[f"stats/{name}"] = np.asarray(value)
         write_arrays(Path(path), arrays)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(module: nn.Module, variables: Tree, images: jax.Array) -> Any:
+    return module.apply(variables, images, train=False)
 
 
 def _shrink(values: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@ from rst_jax.mesh import from_main, is_main
 from rst_jax.records import TransferRecord, provenance, read_arrays, write_arrays
 from rst_jax.ticket import Ticket
 
+_SHOWN = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Crossed:
@@ -20,11 +22,13 @@ class Crossed:
       natural: natural[k, n]: ticket k is right on clean image n.
       robust: robust[s, k, n]: ticket k is right on image n attacked through ticket s.
       violations: images a source that left the threat model.
+      shown: shown[s]: the first few images attacked through ticket s, to be looked at.
     """
 
     natural: np.ndarray
     robust: np.ndarray
     violations: list[int]
+    shown: list[np.ndarray]
 
 
 def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder: Path) -> Crossed:
@@ -34,8 +38,8 @@ def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder:
     only for the same tickets, attack and images.
     """
     split, images = dataset.test, dataset.scaled(dataset.test)
-    stamp = "|".join([str(evaluator.attack_record), dataset.name, str(len(split)), *(t.digest for t in tickets)])
-    natural, robust, violations = [], [], []
+    stamp = "|".join([str(evaluator.attack_record), dataset.digest, *(t.digest for t in tickets)])
+    done = []
     for source in tickets:
         path = folder / f"{source.meta['name']}.npz"
         flags = _read(path, stamp + source.digest) if is_main() else None
@@ -45,22 +49,27 @@ def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder:
                 "natural": evaluator.correct(source.variables, images, split.labels),
                 "robust": np.stack([evaluator.correct(t.variables, adversarial, split.labels) for t in tickets]),
                 "violations": np.asarray(outside, np.int64),
+                "shown": adversarial[:_SHOWN],
             }
             if is_main():
                 write_arrays(path, {**flags, "stamp": np.asarray(stamp + source.digest)})
         else:
-            flags = from_main(flags or _blank(len(tickets), len(split)))
-        natural.append(flags["natural"])
-        robust.append(flags["robust"])
-        violations.append(int(flags["violations"]))
-    return Crossed(np.stack(natural), np.stack(robust), violations)
+            flags = from_main(flags or _blank(len(tickets), images))
+        done.append(flags)
+    return Crossed(
+        np.stack([flags["natural"] for flags in done]),
+        np.stack([flags["robust"] for flags in done]),
+        [int(flags["violations"]) for flags in done],
+        [flags["shown"] for flags in done],
+    )
 
 
-def _blank(tickets: int, images: int) -> dict[str, np.ndarray]:
+def _blank(tickets: int, images: np.ndarray) -> dict[str, np.ndarray]:
     return {
-        "natural": np.zeros(images, bool),
-        "robust": np.zeros((tickets, images), bool),
+        "natural": np.zeros(len(images), bool),
+        "robust": np.zeros((tickets, len(images)), bool),
         "violations": np.zeros((), np.int64),
+        "shown": np.zeros_like(images[:_SHOWN]),
     }
 
 

@@ -16,13 +16,15 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
     for step in (1, 2, 3):
         store.save_latest(state(step, float(step)), {"best_step": 2})
     store.save_best(state(2, 2.0))
-    store.save_best(state(2, 2.5))  # the same step again, after a resume
+    store.save_best(state(5, 5.0))  # and then a kill, before a latest speaks of it
     store.close()
     store = RunCheckpoints(tmp_path / "run")
     latest, kept = store.restore_latest(state(0, 0.0))
     assert (int(latest.step), kept) == (3, {"best_step": 2})
     np.testing.assert_array_equal(latest.opt_state[0]["a"], np.full(3, 3.0))
-    np.testing.assert_array_equal(store.restore_best(state(0, 0.0), 2).params["a"], np.full(3, 2.5))
+    np.testing.assert_array_equal(store.restore_best(state(0, 0.0), 2).params["a"], np.full(3, 2.0))
+    store.save_best(state(5, 5.5))  # the stretch was run again
+    np.testing.assert_array_equal(store.restore_best(state(0, 0.0), 5).params["a"], np.full(3, 5.5))
     store.close()
     for file in (tmp_path / "run" / "latest").rglob("*"):
         if file.is_file():

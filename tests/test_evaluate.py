@@ -21,12 +21,12 @@ KEY = np.asarray(jax.random.key_data(jax.random.key(7)))
 
 
 def settings(**changes):
-    return CONFIG.replace(evaluate=dataclasses.replace(CONFIG.evaluate, steps=4, **changes))
+    return dataclasses.replace(CONFIG, evaluate=dataclasses.replace(CONFIG.evaluate, steps=4, **changes))
 
 
 @pytest.fixture(scope="module")
 def some():
-    data = load_dataset(CONFIG.replace(evaluate=dataclasses.replace(CONFIG.evaluate, examples=53)))
+    data = load_dataset(dataclasses.replace(CONFIG, evaluate=dataclasses.replace(CONFIG.evaluate, examples=53)))
     v = init_variables(MODEL, (8, 8, 1), jax.random.key(1))
     variables = {name: v[name] for name in ("params", "batch_stats")}
     images, labels = data.scaled(data.test), data.test.labels
@@ -55,7 +55,7 @@ def test_results_do_not_hang_on_batch_size_order_padding_or_devices(some):
 def test_no_radius_is_clean_accuracy_and_a_large_one_breaks_everything(some):
     variables, images, labels, ids = some
     for eps, step, accuracy in ((0.0, 0.1, 1.0), (1.0, 0.25, 0.0)):
-        config = settings(step_size=step).replace(threat=config_lib.Threat("linf", eps))
+        config = dataclasses.replace(settings(step_size=step), threat=config_lib.Threat("linf", eps))
         evaluator = Evaluator(MODEL, config, make_mesh(), KEY)
         adversarial, _ = evaluator.attack(variables, images, labels, ids)
         assert evaluator.correct(variables, adversarial, labels).mean() == accuracy
@@ -81,7 +81,7 @@ def test_logits_that_are_not_finite_are_wrong(some):
 
 @pytest.mark.slow
 def test_crossing_keeps_what_is_done_and_knows_its_own(tmp_path, monkeypatch):
-    data = load_dataset(CONFIG.replace(evaluate=dataclasses.replace(CONFIG.evaluate, examples=30)))
+    data = load_dataset(dataclasses.replace(CONFIG, evaluate=dataclasses.replace(CONFIG.evaluate, examples=30)))
     tickets = [draw(r)[0] for r in (0.2, 0.5)]
     evaluator = Evaluator(tickets[0].module, settings(), make_mesh(), KEY)
     first = cross(evaluator, tickets, data, tmp_path)

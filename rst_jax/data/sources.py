@@ -5,18 +5,18 @@ them into a network's input.
 """
 
 import dataclasses
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from rst_jax.config import Config
-from rst_jax.records import read_arrays
+from rst_jax.records import digest, read_arrays
 
 # Of each channel, on the [0, 1] scale; other datasets use those of their own training images.
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
     "svhn_cropped": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
@@ -54,6 +54,11 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all images and labels."""
+        return digest({k: (s.images, s.labels) for k, s in vars(self).items() if isinstance(s, Split)})
 
     def scaled(self, split: Split) -> np.ndarray:
         """The images of a split as float32 in [0, 1]."""
@@ -97,8 +102,13 @@ def load_dataset(config: Config) -> Dataset:
 
 
 def _statistics(images: np.ndarray, levels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    scaled = images.reshape(-1, images.shape[-1]) / levels
-    return tuple(round(float(v), 4) for v in scaled.mean(0)), tuple(round(float(v), 4) for v in scaled.std(0))
+    mean, std = [], []
+    for channel in np.moveaxis(images, -1, 0):
+        counts = np.bincount(channel.reshape(-1), minlength=256) / channel.size  # exact, and no copy of the images
+        values = np.arange(len(counts)) / levels
+        mean.append(float(counts @ values))
+        std.append(max(float(counts @ np.square(values - mean[-1])) ** 0.5, 1e-3))
+    return tuple(round(v, 4) for v in mean), tuple(round(v, 4) for v in std)
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:
@@ -133,7 +143,12 @@ def _npz(path: Path) -> tuple[Split, Split]:
         x, y = found[f"x_{part}"], found[f"y_{part}"]
         if len(x) != len(y) or not len(x):
             raise ValueError(f"{path}: {part} has {len(x)} images and {len(y)} labels; expected as many, at least one.")
+        if y.min() < 0:
+            raise ValueError(f"{path}: y_{part} must be at least 0; got {y.min()}.")
         splits.append(_split(x, y))
+    if splits[0].images.shape[1:] != splits[1].images.shape[1:]:
+        shapes = " and ".join(str(s.images.shape[1:]) for s in splits)
+        raise ValueError(f"{path}: training and test images must have one shape; got {shapes}.")
     return splits[0], splits[1]
 
 
@@ -153,13 +168,14 @@ def _tfds(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
     logging.set_verbosity(logging.ERROR)  # TFDS advises OpenCV at every start
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        sources = [builder.as_data_source(split) for split in ("train", "test")]
-    except Exception as error:  # TFDS raises its own kinds for each of a missing file, version and format
+        classes = tuple(builder.info.features["label"].names)
+        splits = []
+        for source in (builder.as_data_source(part) for part in ("train", "test")):
+            examples = [source[i] for i in range(len(source))]
+            splits.append(_split(np.stack([e["image"] for e in examples]), np.asarray([e["label"] for e in examples])))
+    except Exception as error:  # TFDS raises its own kinds for each of a missing file, version, split and format
         raise ValueError(
-            f"{data_dir / name}: TFDS could not read it in array_record format ({error}). Prepare it with:\n  {prepare}"
+            f"{data_dir / name}: TFDS could not read images and labels of train and test in array_record format "
+            f"({type(error).__name__}: {error}). Prepare it with:\n  {prepare}"
         ) from error
-    splits = []
-    for source in sources:
-        examples = [source[i] for i in range(len(source))]
-        splits.append(_split(np.stack([e["image"] for e in examples]), np.asarray([e["label"] for e in examples])))
-    return splits[0], splits[1], tuple(builder.info.features["label"].names)
+    return splits[0], splits[1], classes

@@ -20,7 +20,8 @@ def from_official(
 
     A parameter's official name is its path in our tree with "." for "/" and "_". Kernels OIHW become HWIO (or
     IO for a dense layer made from a 1x1 convolution); the pattern is read off each score's shape: OIHW element,
-    OIH row, OI kernel, O filter. Values keep the file's type. A dense network's checkpoint has no scores.
+    OIH row, OI kernel, O filter. Values keep the file's type (float64 needs
+    JAX_ENABLE_X64). A dense network's checkpoint has no scores.
 
     Args:
       path: a file that torch.save wrote; read with weights_only=True. Needs PyTorch.

@@ -46,7 +46,7 @@ def make_model(
       name: a key of `MODELS`.
       num_classes: logits an image.
       mean, std: of each channel, on the [0, 1] scale; the network computes (images - mean) / std.
-      dtype: of the computation; logits come out as float32 at least.
+      dtype: of the computation; the last layer and the logits have param_dtype.
       param_dtype: of the weights and statistics.
       bn_axis: a mesh axis over which batch statistics are averaged; None keeps them on each device.
 

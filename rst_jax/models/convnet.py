@@ -36,17 +36,16 @@ class ConvNet(Network):
             for place in (5 * pair, 5 * pair + 2):
                 x = nn.relu(conv(width, 3, 1, self, f"convs_{place}")(x))
             x = halve(x)
+        if not x.size:
+            raise ValueError(f"images of {images.shape[1:3]} pixels are too small to halve {len(self.widths)} times.")
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         for place, features in ((0, 256), (2, 256), (4, self.num_classes)):
+            dtype = self.param_dtype if place == 4 else self.dtype
             dense = nn.Dense(
-                features,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name=f"linear_{place}",
+                features, use_bias=False, dtype=dtype, param_dtype=self.param_dtype, name=f"linear_{place}"
             )
             x = dense(x if place == 0 else nn.relu(x))
-        return x.astype(self.param_dtype)
+        return x
 
 
 conv2 = partial(ConvNet, widths=(64,))

@@ -67,9 +67,11 @@ class Network(nn.Module):
         return ((images.astype(self.param_dtype) - mean) / std).astype(self.dtype)
 
     def logits(self, features: jax.Array) -> jax.Array:
-        """The bias-free head on features [N, C], widened to the parameters' type."""
-        head = nn.Dense(self.num_classes, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="fc")
-        return head(features).astype(self.param_dtype)
+        """The bias-free head on the mean over the pixels of [N, H, W, C], in the parameters' type."""
+        head = nn.Dense(
+            self.num_classes, use_bias=False, dtype=self.param_dtype, param_dtype=self.param_dtype, name="fc"
+        )
+        return head(jnp.mean(features.astype(self.param_dtype), axis=(1, 2)))
 
 
 def conv(features: int, size: int, stride: int, owner: Any, name: str) -> nn.Conv:

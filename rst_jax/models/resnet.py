@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from rst_jax.models.layers import Network, batch_norm, conv
 
@@ -77,7 +76,7 @@ class ResNet(Network):
                     self.bn_axis,
                     name=f"layer{stage}_{i}",
                 )(x, train)
-        return self.logits(jnp.mean(x, axis=(1, 2)))
+        return self.logits(x)
 
 
 resnet18 = partial(ResNet, blocks=(2, 2, 2, 2))

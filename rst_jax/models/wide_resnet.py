@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from rst_jax.models.layers import Network, batch_norm, conv
 
@@ -64,7 +63,7 @@ class WideResNet(Network):
                     name=f"block{stage}_layer_{i}",
                 )(x, train)
         x = nn.relu(batch_norm(self, "bn1")(x, train))
-        return self.logits(jnp.mean(x, axis=(1, 2)))
+        return self.logits(x)
 
 
 wrn10_1 = partial(WideResNet, depth=10, widen=1)
