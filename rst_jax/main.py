@@ -61,7 +61,7 @@ def run_command(argv: list[str]) -> int:
         run.check_init()
         with claimed(workdir, run):
             return _work(run)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         return _fail(error, 2)
 
 
@@ -235,12 +235,13 @@ def _near_file(path: Path) -> str:
 def _connect(options: dict[str, Any]) -> None:
     if options["coordinator"] is None:
         return
-    if options["coordinator"] == "auto":
-        jax.distributed.initialize()
-        return
-    if options["num_processes"] is None or options["process_id"] is None:
+    where = () if options["coordinator"] == "auto" else tuple(options.values())[:3]
+    if None in where:
         raise ValueError("--coordinator=HOST:PORT needs --num_processes and --process_id.")
-    jax.distributed.initialize(options["coordinator"], options["num_processes"], options["process_id"])
+    try:
+        jax.distributed.initialize(*where)
+    except RuntimeError as error:
+        raise ValueError(f"the processes could not join at {options['coordinator']}: {error}") from error
 
 
 def _set_up_compilation_cache(config: config_lib.Config) -> None:

@@ -164,7 +164,8 @@ def accuracy(correct: np.ndarray) -> Accuracy:
     z, p = 1.959963984540054, float(np.mean(correct))
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Accuracy(p, float(max(centre - half, 0.0)), float(min(centre + half, 1.0)), n)
+    low, high = float(max(centre - half, 0.0)), float(min(centre + half, 1.0))
+    return Accuracy(p, min(low, p), max(high, p), n)  # rounding may leave 0 and 1 just outside
 
 
 def digest(*trees: Any) -> str:

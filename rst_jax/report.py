@@ -80,7 +80,7 @@ def _sentences(results: Results) -> list[str]:
     ]
     if violations := sum(record.violations for record in results.tickets):
         told.append(f"{violations} adversarial images left the threat model and were not counted.")
-    if r := results.r2s:
+    if (r := results.r2s) and len(r.names) > 1:
         single = f"best single ticket ({r.best_single_name}) {100 * r.best_single:.1f} %"
         told.append(
             f"R2S over {len(r.names)} tickets: {100 * r.natural:.1f} % natural; {100 * r.transfer_only:.1f} % when one "
@@ -241,7 +241,7 @@ def _ratio_plot(results: Results) -> str:
 
 def _transfer_plot(results: Results) -> str:
     t = results.transfer
-    if t is None:
+    if t is None or len(t.names) < 2:
         return ""
     figure, axes = _figure(6, 4.6)
     values = 100 * np.array(t.robust)
@@ -260,7 +260,7 @@ def _transfer_plot(results: Results) -> str:
 
 def _r2s_plot(results: Results) -> str:
     r = results.r2s
-    if r is None:
+    if r is None or len(r.names) < 2:
         return ""
     figure, axes = _figure(8, 2.2)
     bars = [

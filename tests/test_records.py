@@ -13,7 +13,9 @@ def test_wilson_interval_by_hand():
     assert a.low == pytest.approx(0.4902, abs=1e-4)
     assert a.high == pytest.approx(0.9433, abs=1e-4)
     assert records.accuracy(np.ones(5, bool)).high == pytest.approx(1.0)
-    assert records.accuracy(np.zeros(5, bool)).low == 0.0
+    for n in range(1, 400):
+        assert records.accuracy(np.ones(n, bool)).high == 1.0
+        assert records.accuracy(np.zeros(n, bool)).low == 0.0
     with pytest.raises(ValueError, match="at least one"):
         records.accuracy(np.array([]))
 
