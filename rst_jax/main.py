@@ -141,10 +141,10 @@ def _switch(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
 
 
 def _gallery(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
-    """The first test images and their adversarial ones for the most robust ticket, for the report."""
+    """A few test images and their adversarial ones for the most robust ticket, for the report."""
     best = max(range(len(_drawn(tickets))), key=lambda i: tickets[i].meta["selection_robust"])
     adversarial = crossed.shown[best]
-    split = run.dataset.test.take(np.arange(len(adversarial)))
+    split = run.dataset.test.take(crossed.shown_index[best])
     clean = run.dataset.scaled(split)
     said = [np.argmax(run.evaluator.logits(tickets[best].variables, x), -1) for x in (clean, adversarial)]
     if run.is_main:

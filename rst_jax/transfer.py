@@ -22,13 +22,14 @@ class Crossed:
       natural: natural[k, n]: ticket k is right on clean image n.
       robust: robust[s, k, n]: ticket k is right on image n attacked through ticket s.
       violations: images a source that left the threat model.
-      shown: shown[s]: the first few images attacked through ticket s, to be looked at.
+      shown: shown[s]: a few images attacked through ticket s, to be looked at, and shown_index[s]: which.
     """
 
     natural: np.ndarray
     robust: np.ndarray
     violations: list[int]
     shown: list[np.ndarray]
+    shown_index: list[np.ndarray]
 
 
 def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder: Path) -> Crossed:
@@ -40,7 +41,7 @@ def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder:
     split, images = dataset.test, dataset.scaled(dataset.test)
     stamp = "|".join([str(evaluator.attack_record), dataset.digest, *(t.digest for t in tickets)])
     done = []
-    for source in tickets:
+    for place, source in enumerate(tickets):
         path = folder / f"{source.meta['name']}.npz"
         flags = _read(path, stamp + source.digest) if is_main() else None
         if not from_main(np.asarray(flags is not None)):
@@ -49,8 +50,9 @@ def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder:
                 "natural": evaluator.correct(source.variables, images, split.labels),
                 "robust": np.stack([evaluator.correct(t.variables, adversarial, split.labels) for t in tickets]),
                 "violations": np.asarray(outside, np.int64),
-                "shown": adversarial[:_SHOWN],
             }
+            flags["shown_index"] = _worth_showing(flags["natural"], flags["robust"][place])
+            flags["shown"] = adversarial[flags["shown_index"]]
             if is_main():
                 write_arrays(path, {**flags, "stamp": np.asarray(stamp + source.digest)})
         else:
@@ -61,7 +63,16 @@ def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder:
         np.stack([flags["robust"] for flags in done]),
         [int(flags["violations"]) for flags in done],
         [flags["shown"] for flags in done],
+        [flags["shown_index"] for flags in done],
     )
+
+
+def _worth_showing(natural: np.ndarray, robust: np.ndarray) -> np.ndarray:
+    """The first images that the attack broke, at most half of what is shown, then the first that stood."""
+    broken = np.flatnonzero(natural & ~robust)[: _SHOWN // 2]
+    rest = np.setdiff1d(np.arange(len(natural)), broken)
+    rest = rest[np.argsort(~robust[rest], kind="stable")]
+    return np.concatenate([broken, rest])[:_SHOWN]
 
 
 def _blank(tickets: int, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -70,6 +81,7 @@ def _blank(tickets: int, images: np.ndarray) -> dict[str, np.ndarray]:
         "robust": np.zeros((tickets, len(images)), bool),
         "violations": np.zeros((), np.int64),
         "shown": np.zeros_like(images[:_SHOWN]),
+        "shown_index": np.zeros(min(_SHOWN, len(images)), np.int64),
     }
 
 

@@ -93,6 +93,8 @@ def test_crossing_keeps_what_is_done_and_knows_its_own(tmp_path, monkeypatch):
         for j, judge in enumerate(tickets):
             right = evaluator.correct(judge.variables, adversarial, data.test.labels)
             np.testing.assert_array_equal(first.robust[i, j], right)
+        np.testing.assert_array_equal(first.shown[i], adversarial[first.shown_index[i]])
+        assert len(set(first.shown_index[i])) == 10
     calls = []
     attack = evaluator.attack
     monkeypatch.setattr(evaluator, "attack", lambda *args: calls.append(1) or attack(*args))

@@ -66,7 +66,7 @@ def test_r2s_from_the_checkpoint_is_the_tickets(tmp_path, drawn):
 
 def crossed(k, n, seed=0):
     rng = np.random.default_rng(seed)
-    return Crossed(rng.random((k, n)) < 0.9, rng.random((k, k, n)) < 0.6, [0] * k, [])
+    return Crossed(rng.random((k, n)) < 0.9, rng.random((k, k, n)) < 0.6, [0] * k, [], [])
 
 
 class FakeEvaluator:
@@ -88,7 +88,7 @@ def test_r2s_is_exact_by_enumeration(drawn):
 
 def test_copies_of_one_ticket_and_certain_draws_are_that_ticket(drawn):
     one = crossed(1, 80)
-    copies = Crossed(np.repeat(one.natural, 3, 0), np.broadcast_to(one.robust, (3, 3, 80)), [0] * 3, [])
+    copies = Crossed(np.repeat(one.natural, 3, 0), np.broadcast_to(one.robust, (3, 3, 80)), [0] * 3, [], [])
     record = r2s_record(copies, [drawn[0]] * 3, np.full(3, 1 / 3), FakeEvaluator())
     single = one.robust[0, 0].mean()
     for value in (record.transfer_only, record.worst_of_pool, record.best_single):
