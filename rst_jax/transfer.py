@@ -12,6 +12,7 @@ from rst_jax.records import TransferRecord, provenance, read_arrays, write_array
 from rst_jax.ticket import Ticket
 
 _SHOWN = 10
+_FORMAT = 2  # of the files of flags; others are made again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder:
     only for the same tickets, attack and images.
     """
     split, images = dataset.test, dataset.scaled(dataset.test)
-    stamp = "|".join([str(evaluator.attack_record), dataset.digest, *(t.digest for t in tickets)])
+    stamp = "|".join([f"flags {_FORMAT}", str(evaluator.attack_record), dataset.digest, *(t.digest for t in tickets)])
     done = []
     for place, source in enumerate(tickets):
         path = folder / f"{source.meta['name']}.npz"
