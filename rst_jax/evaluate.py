@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from rst_jax.config import Config
 from rst_jax.data import Dataset, Split
-from rst_jax.mesh import fetch, replicate, split_rows
+from rst_jax.mesh import fetch, on_cpu, replicate, split_rows
 from rst_jax.metrics import progress
 from rst_jax.records import AttackRecord, TicketRecord, accuracy, provenance
 from rst_jax.step import make_attack_step, make_predict_step
@@ -40,9 +40,10 @@ class Evaluator:
         self.attack_record = AttackRecord(
             f"PGD-{e.steps}", config.threat.norm, config.threat.eps, e.steps, e.step_size, 1, config.seed
         )
-        unroll = config.unroll == "unroll" or (config.unroll == "auto" and mesh.devices.flat[0].platform == "cpu")
+        unroll = config.unroll == "unroll" or (config.unroll == "auto" and on_cpu(mesh))
         self._attack = make_attack_step(model, self.threat, mesh, steps=e.steps, step_size=e.step_size, unroll=unroll)
         self._predict = make_predict_step(model, mesh)
+        self._violations = jax.jit(self.threat.violations)
 
     def _batched(self, run: Any, arrays: tuple[np.ndarray, ...], label: str) -> np.ndarray:
         """run(*rows) over all rows, padded to whole batches with zeros, which are cut off again."""
@@ -73,7 +74,7 @@ class Evaluator:
         adversarial = self._batched(
             lambda x, y, i: self._attack(placed, x, y, i, self.key), (images, labels, ids), self.attack_record.name
         )
-        outside = np.asarray(jax.jit(self.threat.violations)(adversarial, images))
+        outside = np.asarray(self._violations(adversarial, images))
         adversarial[outside] = images[outside]
         return adversarial, int(outside.sum())
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rst_jax.checkpoint import RunCheckpoints
 from rst_jax.config import Config, Optimizer
 from rst_jax.data.pipeline import Images, epoch_order
-from rst_jax.mesh import replicate
+from rst_jax.mesh import on_cpu, replicate
 from rst_jax.metrics import MetricsWriter, Say, means, progress
 from rst_jax.state import TicketState, make_optimizer, make_schedule
 from rst_jax.step import Settings, Trainable, make_train_step
@@ -88,8 +88,8 @@ class Trainer:
         self.batches = batch_sizes(n, config.batch_size, mesh.size)
         if left := n - sum(self.batches):
             say(f"{left} of {n} training images an epoch are left out: {mesh.size} devices cannot share them evenly")
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        self.dispatch = config.steps_per_dispatch or (1 if on_cpu else _STEPS_A_DISPATCH)
+        self.whole = n // config.batch_size
+        self.dispatch = config.steps_per_dispatch or (1 if on_cpu(mesh) else _STEPS_A_DISPATCH)
         self._steps: dict[Any, Callable] = {}
         self._order = jax.jit(
             lambda key, epoch: epoch_order(jax.random.wrap_key_data(key), epoch, n),
@@ -119,7 +119,6 @@ class Trainer:
         c = self.config
         key = (job.trainable, job.epochs, job.optimizer, rows)
         if key not in self._steps:
-            on_cpu = self.mesh.devices.flat[0].platform == "cpu"
             settings = Settings(
                 trainable=job.trainable,
                 threat=ThreatModel(c.threat.eps, c.threat.norm),
@@ -130,7 +129,7 @@ class Trainer:
                 label_smoothing=c.label_smoothing,
                 crop_padding=c.crop_padding,
                 flip=c.flip,
-                unroll=c.unroll == "unroll" or (c.unroll == "auto" and on_cpu),
+                unroll=c.unroll == "unroll" or (c.unroll == "auto" and on_cpu(self.mesh)),
             )
             self._steps[key] = make_train_step(
                 self.model,
@@ -190,8 +189,7 @@ class Trainer:
                     order, order_of = self._order(self.keys["order"], np.int32(epoch)), epoch
                 rows = self.batches[place]
                 until_log = c.log_every_steps - step % c.log_every_steps
-                whole = len([b for b in self.batches[place:] if b == c.batch_size])
-                count = max(1, min(self.dispatch, whole, until_log))
+                count = max(1, min(self.dispatch, self.whole - place, until_log))
                 state, metrics = self.step(job, rows)(
                     state,
                     self.data,

@@ -16,6 +16,11 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices if devices is not None else jax.devices()), (AXIS,))
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether the mesh is of CPU devices, where loops inside a program are slow and half precision brings nothing."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Arrays that every process holds alike, as global arrays on every device."""
     sharding = NamedSharding(mesh, PartitionSpec())

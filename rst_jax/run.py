@@ -18,7 +18,7 @@ from rst_jax.data import load_dataset
 from rst_jax.data.pipeline import Images
 from rst_jax.evaluate import Evaluator
 from rst_jax.loop import Trainer, batch_sizes
-from rst_jax.mesh import AXIS, from_main, is_main, make_mesh, replicate
+from rst_jax.mesh import AXIS, from_main, is_main, make_mesh, on_cpu, replicate
 from rst_jax.metrics import MetricsWriter, Say
 from rst_jax.models import make_model
 from rst_jax.records import provenance, write_json
@@ -50,7 +50,7 @@ class Run:
         batch_sizes(len(self.dataset.train), config.batch_size, self.mesh.size)
         self.dtype = config.compute_dtype
         if self.dtype == "auto":
-            self.dtype = "float32" if self.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+            self.dtype = "float32" if on_cpu(self.mesh) else "bfloat16"
         if self.dtype == "float64" and not jax.config.read("jax_enable_x64"):
             raise ValueError("config: compute_dtype = 'float64' needs the environment variable JAX_ENABLE_X64=1.")
         self.param_dtype = jnp.float64 if self.dtype == "float64" else jnp.float32

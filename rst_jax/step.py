@@ -113,7 +113,7 @@ def make_update(
             logits, after = forward(weights, adversarial, stats)
             losses = loss_of(logits, labels)
             metrics = {
-                "loss": jnp.sum(losses),
+                "loss": jnp.sum(losses).astype(jnp.float32),
                 "correct": jnp.sum(correct(logits, labels), dtype=jnp.float32),
                 "count": jnp.float32(labels.shape[0]),
             }
