@@ -45,10 +45,13 @@ def get_config() -> ConfigDict:
     c.attack.steps = 7  # gradient steps; 0 trains on clean images
     c.attack.step_size = 2 / 255  # in [0, 1] image units
     c.attack.random_start = True  # uniform in the threat model's ball
+    c.attack.early_steps = 7  # gradient steps during the first early_epochs epochs
+    c.attack.early_epochs = 0
     c.attack.batch_norm = "train"  # train: batch statistics, running ones updated at each forward (paper) | eval
 
     # The outer minimisation: SGD on the scores.
     c.batch_size = 256  # images a step over all devices; the last, short batch of an epoch is used
+    c.accumulate = 1  # parts of each device's batch taken one after the other: less memory, statistics of a part
     c.epochs = 160
     c.label_smoothing = 0.0  # mass spread over all classes
     c.optimizer = ConfigDict()
@@ -56,7 +59,7 @@ def get_config() -> ConfigDict:
     c.optimizer.momentum = 0.9
     c.optimizer.nesterov = False
     c.optimizer.weight_decay = 5e-4  # added to the gradient of the scores, before the momentum
-    c.optimizer.schedule = "piecewise"  # piecewise | multistep | cosine
+    c.optimizer.schedule = "piecewise"  # piecewise | multistep | cosine | linear (to 0)
     c.optimizer.boundaries = (80, 120)  # piecewise: epochs at which the rate is multiplied by decay_factor
     c.optimizer.decay_every = 30  # multistep: so many epochs apart
     c.optimizer.decay_factor = 0.1
@@ -81,6 +84,7 @@ def get_config() -> ConfigDict:
     # The machine.
     c.compute_dtype = "auto"  # auto: bfloat16 on GPU and TPU, float32 on CPU | float32 | bfloat16 | float64
     c.bn_sync = False  # batch statistics over all devices (a collective in every forward) instead of per device
+    c.remat = False  # compute a block's activations again in the backward pass: less memory, more time
     c.unroll = "auto"  # auto | scan | unroll: the attack loop; auto unrolls on a CPU
     c.steps_per_dispatch = 0  # training steps a dispatch; 0: one on a CPU, up to 64 elsewhere
     c.compilation_cache = "~/.cache/rst_jax"  # "" turns the persistent compilation cache off

@@ -38,8 +38,10 @@ class RunCheckpoints:
         self._latest, self._best = _manager(directory / "latest", 1), _manager(directory / "best", 2)
 
     def save_latest(self, state: TicketState, progress: dict[str, Any]) -> None:
-        """Save the state after its step, replacing the one before."""
+        """Save the state after its step, replacing the one before (also one of the same step)."""
         step = int(state.step)
+        if step == self._latest.latest_step():
+            return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         self._latest.save(step, args=args)
 

@@ -30,6 +30,12 @@ class Attack:
     step_size: float
     random_start: bool
     batch_norm: Literal["train", "eval"]
+    early_steps: int
+    early_epochs: int
+
+    def steps_in(self, epoch: int) -> int:
+        """Gradient steps of the attack in an epoch, counted from 0."""
+        return self.early_steps if epoch < self.early_epochs else self.steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Optimizer:
     momentum: float
     nesterov: bool
     weight_decay: float
-    schedule: Literal["piecewise", "multistep", "cosine"]
+    schedule: Literal["piecewise", "multistep", "cosine", "linear"]
     boundaries: tuple[int, ...]
     decay_every: int
     decay_factor: float
@@ -92,12 +98,14 @@ class Config:
     attack: Attack
     batch_size: int
     epochs: int
+    accumulate: int
     label_smoothing: float
     optimizer: Optimizer
     dense: Dense
     evaluate: Evaluate
     compute_dtype: Literal["auto", "float32", "bfloat16", "float64"]
     bn_sync: bool
+    remat: bool
     unroll: Literal["auto", "scan", "unroll"]
     steps_per_dispatch: int
     compilation_cache: str
@@ -222,10 +230,11 @@ def _check(c: Config) -> None:
         "at most epochs",
         c.optimizer.warmup_epochs,
     )
-    sizes = "batch_size epochs dense.epochs evaluate.batch_size evaluate.every_epochs checkpoint_every_epochs "
-    sizes += "log_every_steps optimizer.decay_every"
+    sizes = "batch_size accumulate epochs dense.epochs evaluate.batch_size evaluate.every_epochs "
+    sizes += "checkpoint_every_epochs log_every_steps optimizer.decay_every"
     amounts = "seed holdout train_examples evaluate.examples crop_padding steps_per_dispatch optimizer.learning_rate "
-    amounts += "dense.learning_rate optimizer.weight_decay dense.weight_decay optimizer.warmup_epochs"
+    amounts += "attack.early_steps attack.early_epochs dense.learning_rate optimizer.weight_decay dense.weight_decay "
+    amounts += "optimizer.warmup_epochs"
     for least, fields in ((1, sizes), (0, amounts)):
         for name in fields.split():
             value: Any = c

@@ -4,16 +4,20 @@ Adversarial images are made by one compiled program and judged by another, in fl
 precision; the evaluator checks the ball and the box itself, and an image outside them is not counted as an attack.
 """
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rst_jax.config import Config
-from rst_jax.data import Dataset, Split
-from rst_jax.mesh import fetch, on_cpu, replicate, split_rows
+from rst_jax.data import Dataset, Split, prefetched
+from rst_jax.mesh import AXIS, fetch, on_cpu, replicate, split_rows
 from rst_jax.metrics import progress
 from rst_jax.records import AttackRecord, TicketRecord, accuracy, provenance
 from rst_jax.step import make_attack_step, make_predict_step
@@ -21,6 +25,24 @@ from rst_jax.threat import ThreatModel
 from rst_jax.ticket import Ticket
 
 Tree = Any
+_AHEAD = 2  # batches read before they are needed
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A batch of n images attacked through one network and judged by K.
+
+    Attributes:
+      natural: the attacked network is right on the clean image: bool [n].
+      robust: network k is right on the adversarial image: bool [K, n].
+      violations: adversarial images that left the ball or the box; they are the clean ones again.
+      adversarial: float32 [n or more, H, W, C] on the devices; rows from n on are padding.
+    """
+
+    natural: np.ndarray
+    robust: np.ndarray
+    violations: int
+    adversarial: jax.Array
 
 
 class Evaluator:
@@ -43,47 +65,67 @@ class Evaluator:
         unroll = config.unroll == "unroll" or (config.unroll == "auto" and on_cpu(mesh))
         self._attack = make_attack_step(model, self.threat, mesh, steps=e.steps, step_size=e.step_size, unroll=unroll)
         self._predict = make_predict_step(model, mesh)
-        self._violations = jax.jit(self.threat.violations)
+        self._check = jax.jit(self._checked, out_shardings=NamedSharding(mesh, PartitionSpec(AXIS)))
 
-    def _batched(self, run: Any, arrays: tuple[np.ndarray, ...], label: str) -> np.ndarray:
-        """run(*rows) over all rows, padded to whole batches with zeros, which are cut off again."""
-        n, size, outputs = len(arrays[0]), self.batch_size, []
-        with jax.default_matmul_precision("highest"), progress(n, 0, label, "image") as bar:
-            for first in range(0, n, size):
-                rows = [a[first : first + size] for a in arrays]
-                rows = [np.concatenate([r, np.zeros((size - len(r), *r.shape[1:]), r.dtype)]) for r in rows]
-                outputs.append(fetch(run(*(split_rows(r, self.mesh) for r in rows))))
-                bar.update(min(size, n - first))
-        return np.concatenate(outputs)[:n]
+    def _checked(self, adversarial: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Adversarial images, the clean one where the threat model was left, and where that is."""
+        outside = self.threat.violations(adversarial, images)
+        return jnp.where(outside[:, None, None, None], images, adversarial), outside
+
+    def _place(self, rows: np.ndarray) -> jax.Array:
+        """At most a batch of rows, padded to a whole one with zeros, on the devices."""
+        padding = np.zeros((self.batch_size - len(rows), *rows.shape[1:]), rows.dtype)
+        return split_rows(np.concatenate([rows, padding]), self.mesh)
 
     def logits(self, variables: Tree, images: np.ndarray) -> np.ndarray:
         """Logits [N, classes] of float32 images [N, H, W, C]."""
-        placed = replicate(variables, self.mesh)
-        return self._batched(lambda x: self._predict(placed, x), (images,), "predict")
+        placed, size = replicate(variables, self.mesh), self.batch_size
+        with jax.default_matmul_precision("highest"):
+            batches = [images[first : first + size] for first in range(0, len(images), size)]
+            return np.concatenate([fetch(self._predict(placed, self._place(rows)))[: len(rows)] for rows in batches])
 
-    def correct(self, variables: Tree, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Which images are classified right: bool [N]; logits that are not finite are wrong."""
-        logits = self.logits(variables, images)
-        return (np.argmax(logits, -1) == labels) & np.all(np.isfinite(logits), -1)
+    def judged(self, attacked: Tree, judges: Sequence[Tree], dataset: Dataset, split: Split) -> Iterator[Judged]:
+        """Attack the images of a split through one network and let others judge, batch after batch.
 
-    def attack(
-        self, variables: Tree, images: np.ndarray, labels: np.ndarray, ids: np.ndarray
-    ) -> tuple[np.ndarray, int]:
-        """Adversarial images [N, H, W, C], and how many left the ball or the box; those are the clean ones again."""
-        placed = replicate(variables, self.mesh)
-        adversarial = self._batched(
-            lambda x, y, i: self._attack(placed, x, y, i, self.key), (images, labels, ids), self.attack_record.name
-        )
-        outside = np.asarray(self._violations(adversarial, images))
-        adversarial[outside] = images[outside]
-        return adversarial, int(outside.sum())
+        While a batch is on the devices the next is read, so that no more than a few are ever in memory.
+
+        Args:
+          attacked: the variables of the network to attack.
+          judges: the variables of the networks that classify.
+          dataset: what the split is of.
+          split: images, labels, and the ids that the attack's random starts follow from.
+        """
+        attacked, judges = replicate(attacked, self.mesh), [replicate(v, self.mesh) for v in judges]
+        n, size = len(split), self.batch_size
+        parts = (split.take(np.arange(first, min(first + size, n))) for first in range(0, n, size))
+        batches = prefetched(((dataset.scaled(part), part.labels, part.ids) for part in parts), _AHEAD)
+        with contextlib.closing(batches), progress(n, 0, self.attack_record.name, "image") as bar:
+            for batch in batches:
+                yield self._judge(attacked, judges, *batch)
+                bar.update(len(batch[0]))
+
+    def _judge(
+        self, attacked: Tree, judges: list[Tree], images: np.ndarray, labels: np.ndarray, ids: np.ndarray
+    ) -> Judged:
+        with jax.default_matmul_precision("highest"):
+            x = self._place(images)
+            adversarial = self._attack(attacked, x, self._place(labels), self._place(ids), self.key)
+            adversarial, outside = self._check(adversarial, x)
+            logits = [self._predict(attacked, x), *(self._predict(v, adversarial) for v in judges)]
+            logits, outside = fetch((logits, outside))
+        natural, *robust = (correct(each[: len(labels)], labels) for each in logits)
+        return Judged(natural, np.stack(robust), int(outside[: len(labels)].sum()), adversarial)
 
     def accuracies(self, variables: Tree, dataset: Dataset, split: Split) -> tuple[float, float]:
         """Natural and robust accuracy on a split."""
-        images = dataset.scaled(split)
-        adversarial, _ = self.attack(variables, images, split.labels, split.ids)
-        natural, robust = (self.correct(variables, x, split.labels) for x in (images, adversarial))
+        flags = [(batch.natural, batch.robust[0]) for batch in self.judged(variables, [variables], dataset, split)]
+        natural, robust = (np.concatenate(batches) for batches in zip(*flags, strict=True))
         return float(natural.mean()), float(robust.mean())
+
+
+def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Which images are classified right, from logits [N, classes]: bool [N]; logits that are not finite are wrong."""
+    return (np.argmax(logits, -1) == labels) & np.all(np.isfinite(logits), -1)
 
 
 def ticket_record(

@@ -2,7 +2,8 @@
 
 It draws tickets and measures them, or does one part of that (`--config.task`). Started again on the same workdir it
 goes on where it stopped. Exit codes: 0 done; 1 the run failed; 2 the command, the configuration or the data
-are not right, and nothing was touched.
+are not right, and nothing was touched; 75 stopped before the end, by SIGTERM or because another process was lost, and
+the same command goes on.
 """
 
 import difflib
@@ -19,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from rst_jax import config as config_lib
-from rst_jax import search
+from rst_jax import plan, preemption, search
 from rst_jax.evaluate import ticket_record
 from rst_jax.metrics import make_say
 from rst_jax.r2s import load_r2s, r2s_record
@@ -34,9 +35,15 @@ _USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=
   --config            a file in configs/; configs/base.py explains every field
   --workdir           where everything is written (default: runs/<name of the config>)
   --config.task       draw (default) | search | evaluate | transfer | r2s | report
+  plan                as the first word: what the configuration will cost on TPUs or GPUs; see plan --help
   --coordinator, --num_processes, --process_id
                       several processes (jax.distributed): the address of process 0 as HOST:PORT, how many, which;
                       --coordinator=auto where the cluster tells (TPU pods, SLURM)
+"""
+_PLAN_USAGE = """usage: python -m rst_jax plan --config=FILE --topology=v5e:4x4 [--json=FILE] [--config.FIELD=VALUE ...]
+
+Compiles the search step for a TPU topology without a TPU (needs libtpu: pip install "jax[tpu]"; minutes) and predicts
+memory, collectives, times and chip-hours from published rates. For GPUs (--topology=h200:8) by formula.
 """
 _FRACTION = re.compile(r"^(--?config\.[\w.]+=)(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)$")  # --config.threat.eps=8/255
 
@@ -48,12 +55,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_command(argv: list[str]) -> int:
     """The command as a function: its exit code; errors are told on standard error in a sentence."""
+    if argv[1:2] == ["plan"]:
+        return _plan([argv[0], *argv[2:]])
     if any(a in ("-h", "--help", "-help", "--helpfull") for a in argv[1:]):
         print(_USAGE)
         return 0
     try:
         config, options = _parse(argv)
-        _connect(options)
+        if error := _connect(options):
+            return _fail(error, preemption.EXIT_CODE)
+        preemption.listen()
         _set_up_compilation_cache(config)
         workdir = Path(options["workdir"])
         say = make_say(jax.process_index() == 0)
@@ -65,10 +76,36 @@ def run_command(argv: list[str]) -> int:
         return _fail(error, 2)
 
 
+def _plan(argv: list[str]) -> int:
+    """`plan --config=FILE --topology=v5e:4x4 [--json=FILE]`: what the configuration will cost there."""
+    if any(a in ("-h", "--help") for a in argv[1:]):
+        print(_PLAN_USAGE)
+        return 0
+    topology, rest = _take_option(argv, "topology")
+    out, rest = _take_option(rest, "json")
+    try:
+        if topology is None:
+            raise ValueError("expected --topology=CHIP:COUNT, for instance --topology=v5e:4x4 or --topology=h200:8.")
+        config, _ = _parse(rest)
+        made = plan.make_plan(config, topology)
+    except ValueError as error:
+        return _fail(error, 2)
+    print(plan.table(made))
+    if out:
+        write_json(Path(out), plan.to_dict(made))
+    return 0
+
+
 def _work(run: Run) -> int:
     try:
         draw(run)
-    except (ValueError, FloatingPointError, OSError, jax.errors.JaxRuntimeError) as error:
+    except preemption.Preempted:
+        return _fail("stopped by SIGTERM; the same command goes on from here.", preemption.EXIT_CODE)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            return _fail(error, 1)
+        return _fail(f"another process was lost ({error}); start all of them again.", preemption.EXIT_CODE)
+    except (ValueError, FloatingPointError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("stopped; the same command goes on from the last checkpoint.", 1)
@@ -232,16 +269,22 @@ def _near_file(path: Path) -> str:
     return f" Did you mean {path.parent / near[0]}?" if near else f" There are: {', '.join(there)}." if there else ""
 
 
-def _connect(options: dict[str, Any]) -> None:
+def _connect(options: dict[str, Any]) -> str | None:
+    """Join the other processes; why that failed, or None.
+
+    Raises:
+      ValueError: an option is missing.
+    """
     if options["coordinator"] is None:
-        return
+        return None
     where = () if options["coordinator"] == "auto" else tuple(options.values())[:3]
     if None in where:
         raise ValueError("--coordinator=HOST:PORT needs --num_processes and --process_id.")
     try:
         jax.distributed.initialize(*where)
     except RuntimeError as error:
-        raise ValueError(f"the processes could not join at {options['coordinator']}: {error}") from error
+        return f"the processes could not join at {options['coordinator']}: {error}"
+    return None
 
 
 def _set_up_compilation_cache(config: config_lib.Config) -> None:

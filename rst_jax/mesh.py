@@ -1,5 +1,6 @@
 """Devices and processes: one mesh axis, "data"; state is replicated over it, batches are split."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,10 +37,19 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(put, tree)
 
 
+def make_rows(shape: tuple[int, ...], rows: Callable[[slice], np.ndarray], mesh: Mesh) -> jax.Array:
+    """A global array [N, ...] split over the devices by rows; each process makes those of its own devices."""
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def of_device(index: Any) -> np.ndarray:
+        return rows(index[0])
+
+    return jax.make_array_from_callback(shape, sharding, of_device)
+
+
 def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     """A host array [N, ...] that every process holds, as a global array split over the devices by rows."""
-    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+    return make_rows(rows.shape, lambda index: rows[index], mesh)
 
 
 def fetch(tree: Tree) -> Tree:

@@ -15,10 +15,9 @@ import numpy as np
 from rst_jax import subnet
 from rst_jax.config import Config
 from rst_jax.data import load_dataset
-from rst_jax.data.pipeline import Images
 from rst_jax.evaluate import Evaluator
 from rst_jax.loop import Trainer, batch_sizes
-from rst_jax.mesh import AXIS, from_main, is_main, make_mesh, on_cpu, replicate
+from rst_jax.mesh import AXIS, from_main, is_main, make_mesh, on_cpu
 from rst_jax.metrics import MetricsWriter, Say
 from rst_jax.models import make_model
 from rst_jax.records import provenance, write_json
@@ -69,16 +68,17 @@ class Run:
     @cached_property
     def trainer(self) -> Trainer:
         """The loop over the training images, computing in the configured type."""
-        train = self.dataset.train
         return Trainer(
             self.config,
             self.module(
                 dtype=jnp.dtype(self.dtype),
                 param_dtype=self.param_dtype,
                 bn_axis=AXIS if self.config.bn_sync else None,
+                remat=self.config.remat,
             ),
             self.mesh,
-            replicate(Images(train.images, train.labels, train.ids, self.dataset.levels), self.mesh),  # type: ignore[arg-type]
+            self.dataset.train,
+            self.dataset.levels,
             {"order": self.key("order"), "step": self.key("step")},
             self.workdir,
             MetricsWriter(self.workdir, self.is_main),
@@ -191,5 +191,5 @@ def _claim(workdir: Path, run: Run, held: contextlib.ExitStack) -> None:
 def _may_change(field: str, config: Config) -> bool:
     """What may differ when a workdir is used again, since it changes no finished ticket."""
     free = {"task", "data_dir", "data_path", "unroll", "steps_per_dispatch", "compilation_cache"}
-    free |= {"checkpoint_every_epochs", "log_every_steps"}
+    free |= {"checkpoint_every_epochs", "log_every_steps", "remat"}
     return field in free or (field == "remaining_ratios" and not config.scale_fan)

@@ -39,7 +39,8 @@ def make_schedule(optimizer: config_lib.Optimizer, epochs: int, steps_per_epoch:
     """The learning rate of each step.
 
     piecewise: multiplied by decay_factor at each boundary; multistep: every `decay_every` epochs; cosine: to 0 at
-    the end (Loshchilov and Hutter, 2017). Warm-up is linear. With unit "epoch" the rate is constant within an
+    the end (Loshchilov and Hutter, 2017); linear: likewise (with a long warm-up the cyclic rate of Wong et al., 2020).
+    Warm-up is linear. With unit "epoch" the rate is constant within an
     epoch, as in the released code.
     """
     o = optimizer
@@ -47,9 +48,9 @@ def make_schedule(optimizer: config_lib.Optimizer, epochs: int, steps_per_epoch:
     def rate(step: Any) -> jax.Array:
         time = jnp.asarray(step, jnp.int32) / steps_per_epoch
         time = jnp.floor(time + 1e-6) if o.unit == "epoch" else time
-        if o.schedule == "cosine":
-            progress = (time - o.warmup_epochs) / max(epochs - o.warmup_epochs, 1)
-            factor = 0.5 * (1 + jnp.cos(math.pi * jnp.clip(progress, 0.0, 1.0)))
+        if o.schedule in ("cosine", "linear"):
+            progress = jnp.clip((time - o.warmup_epochs) / max(epochs - o.warmup_epochs, 1), 0.0, 1.0)
+            factor = 0.5 * (1 + jnp.cos(math.pi * progress)) if o.schedule == "cosine" else 1 - progress
         else:
             boundaries = o.boundaries if o.schedule == "piecewise" else range(o.decay_every, epochs + 1, o.decay_every)
             passed = sum((time >= boundary).astype(jnp.float32) for boundary in boundaries) + jnp.zeros(())

@@ -37,6 +37,8 @@ class Settings:
 
     Attributes:
       trainable: "scores" searches a mask; "params" trains the weights under a fixed one.
+      accumulate: parts of a device's batch that are attacked and differentiated one after the other; their gradients
+        are averaged, and batch statistics are of a part.
       unroll: the attack as a flat program.
     """
 
@@ -49,6 +51,7 @@ class Settings:
     label_smoothing: float = 0.0
     crop_padding: int = 0
     flip: bool = False
+    accumulate: int = 1
     unroll: bool = False
 
 
@@ -105,21 +108,33 @@ def make_update(
                 return subnet.materialise(state.params, trained, masks)
             return subnet.apply_masks(trained, masks)
 
+        def part(stats: Tree, batch: tuple) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+            """Attack a part of the batch: the gradient of its mean loss, the statistics after it, its metrics."""
+            images, labels, noise = batch
+            adversarial, stats = attack(weights, images, labels, noise, stats)
+            adversarial = lax.stop_gradient(adversarial)
+
+            def loss_at(weights: Tree) -> tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]:
+                logits, after = forward(weights, adversarial, stats)
+                losses = loss_of(logits, labels)
+                metrics = {
+                    "loss": jnp.sum(losses).astype(jnp.float32),
+                    "correct": jnp.sum(correct(logits, labels), dtype=jnp.float32),
+                    "count": jnp.float32(labels.shape[0]),
+                }
+                return jnp.mean(losses), (after, metrics)
+
+            gradient, (stats, metrics) = jax.grad(loss_at, has_aux=True)(weights)
+            return gradient, stats, metrics
+
         weights, pull_back = jax.vjp(weights_of, trained)
-        adversarial, stats = attack(weights, images, labels, noise, state.batch_stats)
-        adversarial = lax.stop_gradient(adversarial)
-
-        def loss_at(weights: Tree) -> tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]:
-            logits, after = forward(weights, adversarial, stats)
-            losses = loss_of(logits, labels)
-            metrics = {
-                "loss": jnp.sum(losses).astype(jnp.float32),
-                "correct": jnp.sum(correct(logits, labels), dtype=jnp.float32),
-                "count": jnp.float32(labels.shape[0]),
-            }
-            return jnp.mean(losses), (after, metrics)
-
-        gradient, (stats, metrics) = jax.grad(loss_at, has_aux=True)(weights)
+        batch, stats = (images, labels, noise), state.batch_stats
+        if s.accumulate == 1:
+            gradient, stats, metrics = part(stats, batch)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(s.accumulate, -1, *x.shape[1:]), batch)
+            gradient, stats, metrics = _summed(part, stats, parts)
+            gradient = jax.tree.map(lambda g: g / s.accumulate, gradient)
         (gradient,) = pull_back(gradient)
         if axis:
             gradient, stats = lax.pmean((gradient, stats), axis)
@@ -140,6 +155,21 @@ def make_update(
     return update
 
 
+def _summed(part: Callable, stats: Tree, parts: tuple) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+    """Gradients and metrics of `part` summed over the leading axis, one part in memory at a time."""
+
+    def body(carry: tuple, batch: tuple) -> tuple[tuple, None]:
+        total, stats = carry
+        gradient, stats, metrics = part(stats, batch)
+        return (jax.tree.map(jnp.add, total, (gradient, metrics)), stats), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    gradient, _, metrics = jax.eval_shape(part, stats, first)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradient, metrics))
+    ((gradient, metrics), stats), _ = lax.scan(body, (zero, stats), parts)
+    return gradient, stats, metrics
+
+
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -149,6 +179,7 @@ def make_train_step(
     batch_size: int,
     rows: int,
     many: bool = False,
+    streamed: bool = False,
 ) -> Any:
     """The compiled step over the mesh: `step(state, data, order, first, selection, key, count)`.
 
@@ -164,18 +195,26 @@ def make_train_step(
       batch_size: the place of a batch in the order is a multiple of this.
       rows: examples of this batch: batch_size, or fewer for the last, short one. Divisible by the devices.
       many: loop over `count` steps in one dispatch.
+      streamed: `data` is this step's batch alone, split over the mesh by rows; order and first are not used.
+
+    Raises:
+      ValueError: the devices, or the parts of a device's batch, cannot share it evenly.
     """
     update = make_update(model, optimizer, settings, AXIS)
     per_device = rows // mesh.size
     if per_device * mesh.size != rows or not rows:
         raise ValueError(f"a batch of {rows} images cannot be split over {mesh.size} devices; take a multiple.")
+    if per_device % settings.accumulate:
+        raise ValueError(f"{per_device} images a device cannot be accumulated in {settings.accumulate} equal parts.")
 
     def one(
         state: TicketState, data: Images, order: jax.Array, first: jax.Array, selection: Tree, key: jax.Array
     ) -> tuple[TicketState, dict[str, jax.Array]]:
-        place = first + lax.axis_index(AXIS) * per_device + jnp.arange(per_device, dtype=jnp.int32)
+        place = jnp.arange(per_device, dtype=jnp.int32)
+        if not streamed:
+            place = order[first + lax.axis_index(AXIS) * per_device + place]
         dtype = jax.tree.leaves(state.params)[0].dtype
-        images, labels, ids = data.take(order[place], dtype)
+        images, labels, ids = data.take(place, dtype)
         keys = example_keys(jax.random.fold_in(key, state.step), ids)
         crop_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         images = augment(crop_keys, images, settings.crop_padding, settings.flip)
@@ -204,7 +243,8 @@ def make_train_step(
         return lax.fori_loop(0, count, body, (state, zero))
 
     replicated = PartitionSpec()
-    mapped = jax.shard_map(steps, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=False)
+    specs = (replicated, PartitionSpec(AXIS) if streamed else replicated, *[replicated] * 5)
+    mapped = jax.shard_map(steps, mesh=mesh, in_specs=specs, out_specs=replicated, check_vma=False)
     return jax.jit(mapped, donate_argnums=0)
 
 

@@ -67,13 +67,25 @@ def kept_counts(scores: Tree, remaining_ratio: float) -> Tree:
 
 
 def _kth_largest(keys: jax.Array, k: jax.Array, bits: int) -> jax.Array:
-    """The largest t with at least k keys >= t, found bit by bit: `bits` counts, no sort."""
+    """The largest t with at least k keys >= t, found four bits at a time, without a sort.
 
-    def try_bit(i: jax.Array, t: jax.Array) -> jax.Array:
-        candidate = t | (jnp.ones((), keys.dtype) << (bits - 1 - i).astype(keys.dtype))
-        return jnp.where(jnp.sum(keys >= candidate, dtype=jnp.int32) >= k, candidate, t)
+    Each pass counts the keys above fifteen candidates in one reduction, which is as fast as a sum of one on a CPU and
+    reads the keys a quarter as often.
+    """
+    passes = -(-bits // 4)
 
-    return lax.fori_loop(0, bits, try_bit, jnp.zeros((), keys.dtype))
+    def count(*candidates: jax.Array) -> list[jax.Array]:
+        above = tuple((keys >= c).astype(jnp.int32) for c in candidates)
+        zeros = tuple(jnp.zeros((), jnp.int32) for _ in candidates)
+        return lax.reduce(above, zeros, lambda a, b: tuple(map(jnp.add, a, b)), tuple(range(keys.ndim)))
+
+    def settle(i: jax.Array, t: jax.Array) -> jax.Array:
+        shift = (4 * (passes - 1 - i)).astype(keys.dtype)
+        digits = (jnp.asarray(d, keys.dtype) << shift for d in range(1, 16))
+        digit = sum((n >= k).astype(keys.dtype) for n in count(*(t | d for d in digits)))
+        return t | (digit << shift)
+
+    return lax.fori_loop(0, passes, settle, jnp.zeros((), keys.dtype))
 
 
 def _index(shape: tuple[int, ...]) -> jax.Array:

@@ -2,12 +2,14 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from rst_jax import preemption
 from rst_jax.data import Dataset
 from rst_jax.evaluate import Evaluator
-from rst_jax.mesh import from_main, is_main
+from rst_jax.mesh import fetch, from_main, is_main, replicate
 from rst_jax.records import TransferRecord, provenance, read_arrays, write_arrays
 from rst_jax.ticket import Ticket
 
@@ -38,26 +40,24 @@ def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder:
 
     The flags of each source are kept in `folder`, so that what is finished is not done again; they are used
     only for the same tickets, attack and images.
+
+    Raises:
+      Preempted: the process was asked to stop; between two sources it does.
     """
-    split, images = dataset.test, dataset.scaled(dataset.test)
     stamp = "|".join([f"flags {_FORMAT}", str(evaluator.attack_record), dataset.digest, *(t.digest for t in tickets)])
+    variables = [replicate(ticket.variables, evaluator.mesh) for ticket in tickets]
     done = []
     for place, source in enumerate(tickets):
+        if preemption.asked():
+            raise preemption.Preempted
         path = folder / f"{source.meta['name']}.npz"
         flags = _read(path, stamp + source.digest) if is_main() else None
         if not from_main(np.asarray(flags is not None)):
-            adversarial, outside = evaluator.attack(source.variables, images, split.labels, split.ids)
-            flags = {
-                "natural": evaluator.correct(source.variables, images, split.labels),
-                "robust": np.stack([evaluator.correct(t.variables, adversarial, split.labels) for t in tickets]),
-                "violations": np.asarray(outside, np.int64),
-            }
-            flags["shown_index"] = _worth_showing(flags["natural"], flags["robust"][place])
-            flags["shown"] = adversarial[flags["shown_index"]]
+            flags = _flags(evaluator, place, variables, dataset)
             if is_main():
                 write_arrays(path, {**flags, "stamp": np.asarray(stamp + source.digest)})
         else:
-            flags = from_main(flags or _blank(len(tickets), images))
+            flags = from_main(flags or _blank(len(tickets), dataset.test.images.shape))
         done.append(flags)
     return Crossed(
         np.stack([flags["natural"] for flags in done]),
@@ -68,6 +68,29 @@ def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder:
     )
 
 
+def _flags(evaluator: Evaluator, place: int, variables: list[Any], dataset: Dataset) -> dict[str, np.ndarray]:
+    """The fields of `Crossed` for the ticket at `place`; of its adversarial images, only what is shown is kept."""
+    n, end, outside = len(dataset.test), 0, 0
+    natural, robust = np.zeros(n, bool), np.zeros((len(variables), n), bool)
+    shown: dict[int, np.ndarray] = {}
+    for batch in evaluator.judged(variables[place], variables, dataset, dataset.test):
+        first, end = end, end + len(batch.natural)
+        natural[first:end], robust[:, first:end] = batch.natural, batch.robust
+        outside += batch.violations
+        # What is worth showing of all images is among what is worth showing of the first so many, of any number.
+        index = _worth_showing(natural[:end], robust[place, :end])
+        if len(new := index[index >= first]):
+            shown |= zip(new.tolist(), fetch(batch.adversarial)[new - first], strict=True)
+        shown = {i: shown[i] for i in index.tolist()}
+    return {
+        "natural": natural,
+        "robust": robust,
+        "violations": np.asarray(outside, np.int64),
+        "shown": np.stack(list(shown.values())),
+        "shown_index": np.asarray(list(shown), np.int64),
+    }
+
+
 def _worth_showing(natural: np.ndarray, robust: np.ndarray) -> np.ndarray:
     """The first images that the attack broke, at most half of what is shown, then the first that stood."""
     broken = np.flatnonzero(natural & ~robust)[: _SHOWN // 2]
@@ -76,13 +99,14 @@ def _worth_showing(natural: np.ndarray, robust: np.ndarray) -> np.ndarray:
     return np.concatenate([broken, rest])[:_SHOWN]
 
 
-def _blank(tickets: int, images: np.ndarray) -> dict[str, np.ndarray]:
+def _blank(tickets: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    n, shown = shape[0], min(_SHOWN, shape[0])
     return {
-        "natural": np.zeros(len(images), bool),
-        "robust": np.zeros((tickets, len(images)), bool),
+        "natural": np.zeros(n, bool),
+        "robust": np.zeros((tickets, n), bool),
         "violations": np.zeros((), np.int64),
-        "shown": np.zeros_like(images[:_SHOWN]),
-        "shown_index": np.zeros(min(_SHOWN, len(images)), np.int64),
+        "shown": np.zeros((shown, *shape[1:]), np.float32),
+        "shown_index": np.zeros(shown, np.int64),
     }
 
 

@@ -36,6 +36,11 @@ def test_every_config_is_valid(path):
     assert importlib.import_module(f"configs.{path.stem}").__doc__
 
 
+def test_an_attack_may_begin_with_other_steps():
+    attack = config_lib.from_dict(changed(attack__early_steps=2, attack__early_epochs=3)).attack
+    assert [attack.steps_in(epoch) for epoch in range(5)] == [2, 2, 2, 7, 7]
+
+
 def test_round_trip():
     config = config_lib.from_dict(base.get_config())
     assert config_lib.from_dict(config.to_dict()) == config

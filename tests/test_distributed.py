@@ -1,14 +1,18 @@
-"""Two real processes over jax.distributed on the CPU, against one process of two devices."""
+"""Real processes over jax.distributed on the CPU, against one process of as many devices."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from rst_jax.metrics import read_lines
 from rst_jax.ticket import load_ticket
 
 ROOT = Path(__file__).parent.parent
@@ -21,35 +25,51 @@ TINY = [
     "--config.evaluate.steps=2",
     "--config.evaluate.examples=61",
 ]
+# Twenty steps without an evaluation between them; what they leave is the checkpoint.
+TWENTY = [*TINY, "--config.train_examples=1280", "--config.task=search", "--config.log_every_steps=5"]
 
 
-def start(workdir, devices, *more):
+def start(workdir, devices, *more, options=TINY):
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": "",
     }
-    command = [sys.executable, "-m", "rst_jax.main", *TINY, f"--workdir={workdir}", *more]
+    command = [sys.executable, "-m", "rst_jax.main", *options, f"--workdir={workdir}", *more]
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-@pytest.mark.slow
-def test_two_processes_are_one_process_of_two_devices(tmp_path):
-    one = start(tmp_path / "one", 2)
-    out, _ = one.communicate(timeout=300)
-    assert one.returncode == 0, out
+def start_all(workdir, count, options=TINY):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    two = [
-        start(tmp_path / "two", 1, f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}")
-        for i in range(2)
-    ]
-    outs = [p.communicate(timeout=300)[0] for p in two]
-    assert [p.returncode for p in two] == [0, 0], outs
+    join = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+    return [start(workdir, 1, *join, f"--process_id={i}", options=options) for i in range(count)]
+
+
+def ended(*processes):
+    """Exit codes and outputs."""
+    outs = [p.communicate(timeout=300)[0] for p in processes]
+    return [p.returncode for p in processes], outs
+
+
+def final_state(workdir):
+    import orbax.checkpoint as ocp
+
+    folder = next((workdir / "checkpoints" / "ratio-0.3" / "latest").iterdir())
+    tree = ocp.StandardCheckpointer().restore(folder / "state")
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_process_of_two_devices(tmp_path):
+    codes, outs = ended(start(tmp_path / "one", 2))
+    assert codes == [0], outs
+    codes, outs = ended(*start_all(tmp_path / "two", 2))
+    assert codes == [0, 0], outs
     assert "report:" in outs[0]
     assert "report:" not in outs[1]
     tickets = [load_ticket(tmp_path / w / "tickets" / "ratio-0.3.ticket") for w in ("one", "two")]
@@ -59,3 +79,61 @@ def test_two_processes_are_one_process_of_two_devices(tmp_path):
     for name in ("natural", "robust", "violations"):
         np.testing.assert_array_equal(flags[0][name], flags[1][name])
     assert flags[0]["natural"].shape == (61,)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("count", "tolerance"), [(2, 0.0), (4, 1e-6)])
+def test_twenty_steps_of_several_processes_are_those_of_one(tmp_path, count, tolerance):
+    codes, outs = ended(start(tmp_path / "one", count, options=TWENTY))
+    assert codes == [0], outs
+    codes, outs = ended(*start_all(tmp_path / "all", count, options=TWENTY))
+    assert codes == [0] * count, outs
+    one, several = (final_state(tmp_path / w) for w in ("one", "all"))
+    assert one["['step']"] == 20
+    for name, array in one.items():
+        scale = np.abs(array).max()
+        np.testing.assert_allclose(several[name], array, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+def wait_for(workdir, condition, *processes):
+    """Until the metrics satisfy the condition, or a process has ended."""
+    while not condition(read_lines(workdir / "metrics.jsonl")) and all(p.poll() is None for p in processes):
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_signal_to_one_process_stops_both_and_they_go_on_as_one(tmp_path):
+    """SIGTERM in mid-epoch; then on one process of two devices: every array as never stopped."""
+    long = [*TWENTY, "--config.epochs=4", "--config.checkpoint_every_epochs=100", "--config.evaluate.every_epochs=100"]
+    codes, outs = ended(start(tmp_path / "whole", 2, options=long))
+    assert codes == [0], outs
+    stopped = tmp_path / "stopped"
+    processes = start_all(stopped, 2, options=long)
+    wait_for(stopped, bool, *processes)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, outs = ended(*processes)
+    assert codes == [75, 75], outs
+    assert "stopped by SIGTERM; the same command goes on from here" in outs[0]
+    codes, outs = ended(start(stopped, 2, options=long))
+    assert codes == [0], outs
+    assert "going on after epoch" in outs[0]
+    whole, again = final_state(tmp_path / "whole"), final_state(stopped)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+    assert read_lines(tmp_path / "whole" / "metrics.jsonl") == read_lines(stopped / "metrics.jsonl")
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_with_a_code_to_start_again(tmp_path):
+    long = [*TWENTY, "--config.epochs=50", "--config.evaluate.every_epochs=50"]
+    processes = start_all(tmp_path / "run", 2, options=long)
+    wait_for(tmp_path / "run", bool, *processes)
+    processes[1].kill()
+    code = processes[0].wait(timeout=200)
+    out = processes[0].communicate()[0]
+    processes[1].communicate()
+    assert code == 75 or code < 0, out
+    if code == 75:
+        assert "another process was lost" in out

@@ -168,6 +168,36 @@ def tell(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sigterm_saves_and_the_run_goes_on_as_never_stopped(finished, environment, tmp_path):
+    """Again and again, a moment after each new line of metrics; in the end every array and line is the same."""
+    whole, workdir = finished[0], tmp_path / "stopped"
+    codes = []
+    while len(codes) < 30:
+        process = subprocess.Popen(
+            command(workdir), env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        before = tell(workdir)
+        while process.poll() is None and tell(workdir) == before:
+            time.sleep(0.02)
+        if len(codes) < 4:
+            process.send_signal(signal.SIGTERM)
+        out = process.communicate()[0]
+        codes.append(process.returncode)
+        if process.returncode != 75:
+            break
+        assert "stopped by SIGTERM; the same command goes on from here" in out
+    assert codes.count(75) >= 3
+    assert codes[-1] == 0, out
+    for name in ("ratio-0.3", "ratio-0.6", "dense"):
+        (step_a, a), (step_b, b) = final_state(whole, name), final_state(workdir, name)
+        assert step_a == step_b
+        for key, array in a.items():
+            np.testing.assert_array_equal(b[key], array, err_msg=key)
+    assert (whole / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
 def test_what_is_finished_is_not_searched_again(finished, environment):
     workdir = finished[0]
     before = {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*/latest/*")}

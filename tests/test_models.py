@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rst_jax.models import MODELS, make_model
+from rst_jax.models import MODELS, layers, make_model
 from rst_jax.models.layers import BatchNorm
 from rst_jax.state import init_variables
 
@@ -24,10 +24,15 @@ def make(name, classes=10):
         ("wrn34_10", 46_138_032),
         ("wrn10_1", 77_360),
         ("conv4", 2_425_024),
+        ("imagenet_resnet18", 11_678_912),
+        ("imagenet_resnet50", 25_502_912),
+        ("imagenet_wide_resnet50_2", 68_814_016),
     ],
 )
 def test_weight_counts(name, weights):
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes(make(name))["params"])) == weights
+    """Those of the paper's networks; for ImageNet torchvision's less batch norm's and the head's biases."""
+    classes = 1000 if name.startswith("imagenet") else 10
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes(make(name, classes))["params"])) == weights
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -53,6 +58,28 @@ def test_logits_are_float32_when_computed_in_bfloat16():
         {k: variables[k] for k in ("params", "batch_stats")}, jnp.ones((2, 8, 8, 1)), train=False
     )
     np.testing.assert_allclose(logits, exact, atol=0.1)
+
+
+def test_convolutions_in_parts_are_the_whole_one(monkeypatch):
+    """Forward and both gradients, where a CPU shares a convolution of few channels among its cores."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=(8, 6, 6, 4)), jnp.float32) for _ in range(2))
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 4, 4)), jnp.float32)
+
+    def both(x, kernel):
+        def conv(x, k):
+            return layers.convolve(x, k, (1, 1), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+        out, back = jax.vjp(conv, x, kernel)
+        return out, *back(g)
+
+    monkeypatch.setattr(layers.os, "cpu_count", lambda: 4)
+    whole = jax.jit(both)(x, kernel)
+    monkeypatch.setattr(layers, "_WORTH_A_THREAD", 1)
+    in_parts = jax.jit(lambda *v: both(*v))
+    assert in_parts.lower(x, kernel).as_text().count("stablehlo.convolution") == 3 * 4
+    for a, b in zip(whole, in_parts(x, kernel), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_name_lists_the_known():

@@ -6,20 +6,20 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "version": 0, "config": 0, "records": 0,
-    "subnet": 1, "initializers": 1, "threat": 1, "losses": 1,
-    "models": 2, "attacks": 2, "data": 2, "mesh": 2,
+    "subnet": 1, "initializers": 1, "threat": 1, "losses": 1, "operations": 1,
+    "models": 2, "attacks": 2, "data": 2, "mesh": 2, "preemption": 2,
     "state": 3, "metrics": 3,
     "step": 4, "checkpoint": 4, "ticket": 4,
     "loop": 5, "evaluate": 5,
     "run": 6, "search": 6, "transfer": 6, "r2s": 6, "interop": 6,
-    "report": 7, "main": 7, "__main__": 7,
+    "report": 7, "plan": 7, "main": 7, "__main__": 7,
 }  # fmt: skip
 ALSO = {
     "records": {"version"},
     "initializers": {"subnet"},
     "search": {"run", "r2s"},
     "r2s": {"transfer"},
-    "main": {"report"},
+    "main": {"report", "plan"},
     "__main__": {"main"},
 }
 

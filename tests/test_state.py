@@ -32,6 +32,11 @@ def test_cosine_by_epoch_and_by_step():
     assert got == pytest.approx([0.1, 0.05 * (1 + np.cos(np.pi * 0.005)), 0.05, 0.0], abs=1e-6)
 
 
+def test_linear_falls_to_0_and_with_a_warm_up_makes_a_cycle():
+    got = rates(10, 10, [0, 25, 50, 75, 100], schedule="linear", unit="step", warmup_epochs=5)
+    assert got == pytest.approx([0.0, 0.05, 0.1, 0.05, 0.0], abs=1e-6)
+
+
 def test_warm_up_is_linear():
     assert rates(100, 10, [0, 10, 40, 49], schedule="cosine", warmup_epochs=5)[:3] == pytest.approx([0.02, 0.04, 0.1])
     assert rates(100, 10, [0, 25, 50], unit="step", warmup_epochs=5) == pytest.approx([0.0, 0.05, 0.1])

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import chex
@@ -9,7 +10,8 @@ import pytest
 
 from rst_jax import subnet
 from rst_jax.data.pipeline import Images
-from rst_jax.mesh import make_mesh, replicate
+from rst_jax.mesh import make_mesh, replicate, split_rows
+from rst_jax.models.convnet import ConvNet
 from rst_jax.models.resnet import ResNet
 from rst_jax.state import TicketState, init_variables
 from rst_jax.step import Settings, make_predict_step, make_train_step, make_update
@@ -143,6 +145,86 @@ def test_synchronised_statistics_make_four_devices_one():
         found.append(run(mesh, 1, step=step)[0])
     assert_equal(found[0].scores, found[1].scores, rtol=1e-3, atol=1e-5)
     assert_equal(found[0].batch_stats, found[1].batch_stats, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulated_parts_make_the_gradient_of_the_whole_batch():
+    """On a network without batch statistics, of which each part has its own."""
+    model = ConvNet(num_classes=10, widths=(4,))
+    v = init_variables(model, (8, 8, 1), jax.random.key(0))
+    state = TicketState(jnp.int32(0), v["params"], v["scores"], v["batch_stats"], SGD.init(v["scores"]))
+    kept = subnet.kept_counts(v["scores"], 0.5)
+    images, labels, ids = data().take(jnp.arange(12))
+    found = []
+    for parts in (1, 3):
+        settings = dataclasses.replace(SEARCH, accumulate=parts)
+        found.append(jax.jit(make_update(model, SGD, settings))(state, images, labels, None, kept))
+    assert_equal(host(found[0][0].scores), host(found[1][0].scores), rtol=1e-5, atol=1e-7)
+    assert float(found[0][1]["loss"]) == pytest.approx(float(found[1][1]["loss"]), rel=1e-6)
+    assert float(found[1][1]["count"]) == 12
+
+
+def test_accumulated_parts_carry_the_statistics_on():
+    """Two parts are two batches for the running statistics: of a constant one, 1 - .9^2 remains."""
+    state = begin()
+    images, labels = jnp.full((4, 8, 8, 1), 0.5), jnp.zeros(4, jnp.int32)
+    kept = subnet.kept_counts(state.scores, 1.0)
+    settings = Settings("scores", ThreatModel(0.0), attack_steps=0, attack_step_size=0.0, accumulate=2)
+    after, _ = jax.jit(make_update(MODEL, SGD, settings))(state, images, labels, None, kept)
+    _, once = MODEL.apply(
+        {"params": state.params, "batch_stats": state.batch_stats}, images, train=True, mutable=["batch_stats"]
+    )
+    mean = np.asarray(once["batch_stats"]["bn1"]["mean"]) / 0.1
+    np.testing.assert_allclose(after.batch_stats["bn1"]["mean"], (1 - 0.9**2) * mean, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_cannot_be_accumulated_evenly_is_refused():
+    with pytest.raises(ValueError, match="8 images a device cannot be accumulated in 3 equal parts"):
+        make_train_step(
+            MODEL,
+            SGD,
+            dataclasses.replace(SEARCH, accumulate=3),
+            make_mesh(jax.devices()[:1]),
+            batch_size=BATCH,
+            rows=BATCH,
+        )
+
+
+def test_rematerialised_activations_change_nothing():
+    found = []
+    for remat in (False, True):
+        model = ResNet(num_classes=10, blocks=(1,), widths=(4,), stem_stride=2, remat=remat)
+        mesh = make_mesh(jax.devices()[:1])
+        step = make_train_step(model, SGD, SEARCH, mesh, batch_size=BATCH, rows=BATCH)
+        found.append(run(mesh, 2, step=step)[0])
+    assert_equal(found[0].scores, found[1].scores, rtol=1e-5, atol=1e-7)
+    assert_equal(found[0].batch_stats, found[1].batch_stats, rtol=1e-5, atol=1e-7)
+
+
+def test_a_streamed_batch_is_the_batch_of_the_order():
+    mesh = make_mesh()
+    ordered, metrics, _ = run(mesh, 1)
+    step = make_train_step(MODEL, SGD, SEARCH, mesh, batch_size=BATCH, rows=BATCH, streamed=True)
+    index = np.arange(N)[::-1][:BATCH]
+    batch = jax.tree.map(lambda x: split_rows(np.asarray(x)[index], mesh), data())
+    state = replicate(begin(), mesh)
+    kept = replicate(subnet.kept_counts(state.scores, 0.5), mesh)
+    none = replicate(np.zeros(0, np.int32), mesh)
+    state, streamed = step(state, batch, none, np.int32(0), kept, KEY, np.int32(1))
+    assert_equal(ordered.scores, host(state.scores))
+    assert_equal(metrics, host(streamed))
+
+
+def test_a_step_moves_nothing_between_host_and_device():
+    """Every argument lies on the devices already; what JAX would move by itself is an error."""
+    mesh = make_mesh()
+    step = make_train_step(MODEL, SGD, SEARCH, mesh, batch_size=BATCH, rows=BATCH)
+    state = begin()
+    args = (data(), jnp.arange(N, dtype=jnp.int32), np.int32(0), subnet.kept_counts(state.scores, 0.5), KEY)
+    state, args = replicate((state, (*args, np.int32(1))), mesh)
+    state, _ = step(state, *args)
+    with jax.transfer_guard("disallow"):
+        state, metrics = step(state, *args)
+    assert np.isfinite(metrics["loss"])
 
 
 def test_the_second_step_compiles_nothing_and_ratios_share_one_program():

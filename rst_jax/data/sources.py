@@ -1,7 +1,7 @@
 """Where images come from: the embedded digits, array files, TFDS.
 
 All of them end as a `Dataset`: training, held-out and test images as integers, with the constants that turn
-them into a network's input.
+them into a network's input. Those of the datasets in `STREAMED` stay on the disk.
 """
 
 import dataclasses
@@ -11,20 +11,24 @@ from pathlib import Path
 import numpy as np
 
 from rst_jax.config import Config
+from rst_jax.data.stream import EncodedImages, streamed_split
 from rst_jax.records import digest, read_arrays
 
 # Of each channel, on the [0, 1] scale; other datasets use those of their own training images.
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
     "svhn_cropped": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+# TFDS datasets that are decoded batch by batch: the side of their images in pixels, the split that tests.
+STREAMED: dict[str, tuple[int, str]] = {"imagenet2012": (224, "validation")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Images uint8 [N, H, W, C] and labels int32 [N]; an example's id is its place in the source's split."""
 
-    images: np.ndarray
+    images: np.ndarray | EncodedImages
     labels: np.ndarray
     ids: np.ndarray
 
@@ -32,13 +36,14 @@ class Split:
         return len(self.labels)
 
     def take(self, index: np.ndarray) -> "Split":
-        """The examples at `index`, with their ids."""
-        return Split(self.images[index], self.labels[index], self.ids[index])
+        """The examples at `index`, with their ids; encoded images stay so."""
+        images = self.images.take(index) if isinstance(self.images, EncodedImages) else self.images[index]
+        return Split(images, self.labels[index], self.ids[index])
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A dataset in memory.
+    """A dataset, in memory or streamed.
 
     Attributes:
       levels: the integer that means 1.0 (255; 16 for the digits).
@@ -57,12 +62,12 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all images and labels."""
-        return digest({k: (s.images, s.labels) for k, s in vars(self).items() if isinstance(s, Split)})
+        """SHA-256 of all images and labels; of streamed images, of what they are called, their shape and ids."""
+        return digest({k: _content(s) for k, s in vars(self).items() if isinstance(s, Split)})
 
     def scaled(self, split: Split) -> np.ndarray:
         """The images of a split as float32 in [0, 1]."""
-        return split.images.astype(np.float32) / np.float32(self.levels)
+        return split.images[:].astype(np.float32) / np.float32(self.levels)
 
 
 def load_dataset(config: Config) -> Dataset:
@@ -95,10 +100,16 @@ def load_dataset(config: Config) -> Dataset:
         rest = rest.take(np.arange(min(config.train_examples, len(rest))))
     if config.evaluate.examples:
         test = test.take(np.arange(min(config.evaluate.examples, len(test))))
-    mean, std = STATISTICS.get(config.dataset) or _statistics(rest.images, levels)
+    mean, std = STATISTICS.get(config.dataset) or _statistics(np.asarray(rest.images), levels)
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     names = names or tuple(str(i) for i in range(classes))
     return Dataset(config.dataset, rest, held_out, test, len(names), levels, mean, std, names)
+
+
+def _content(split: Split) -> tuple[np.ndarray, ...]:
+    if isinstance(split.images, EncodedImages):
+        return np.asarray(split.images.name), np.asarray(split.images.shape), split.labels, split.ids
+    return split.images, split.labels
 
 
 def _statistics(images: np.ndarray, levels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -111,7 +122,7 @@ def _statistics(images: np.ndarray, levels: int) -> tuple[tuple[float, ...], tup
     return tuple(round(v, 4) for v in mean), tuple(round(v, 4) for v in std)
 
 
-def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+def _split(images: np.ndarray | EncodedImages, labels: np.ndarray) -> Split:
     return Split(images, np.asarray(labels, np.int32), np.arange(len(labels), dtype=np.int32))
 
 
@@ -166,16 +177,20 @@ def _tfds(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # TFDS advises OpenCV at every start
+    size, test = STREAMED.get(name, (0, "test"))
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         classes = tuple(builder.info.features["label"].names)
         splits = []
-        for source in (builder.as_data_source(part) for part in ("train", "test")):
-            examples = [source[i] for i in range(len(source))]
+        for part in ("train", test):
+            if size:
+                splits.append(_split(*streamed_split(builder, part, size)))
+                continue
+            examples = list(builder.as_data_source(part))
             splits.append(_split(np.stack([e["image"] for e in examples]), np.asarray([e["label"] for e in examples])))
     except Exception as error:  # TFDS raises its own kinds for each of a missing file, version, split and format
         raise ValueError(
-            f"{data_dir / name}: TFDS could not read images and labels of train and test in array_record format "
+            f"{data_dir / name}: TFDS could not read images and labels of train and {test} in array_record format "
             f"({type(error).__name__}: {error}). Prepare it with:\n  {prepare}"
         ) from error
     return splits[0], splits[1], classes

@@ -1,6 +1,6 @@
 """The networks, by name.
 
-Every constructor takes num_classes, mean, std, dtype, param_dtype and bn_axis and returns a Flax Linen module
+Every constructor takes num_classes, mean, std, dtype, param_dtype, bn_axis and remat and returns a Flax Linen module
 called as `module.apply(variables, images, train=...)` on images [N, H, W, C] in [0, 1]; it normalises them
 itself and returns logits [N, num_classes]. Modules know nothing of masks. Submodule names are those of the
 paper's released code with "_" for ".", so its checkpoints map onto ours by that rule alone.
@@ -25,6 +25,12 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": resnet.resnet50,
     "resnet101": resnet.resnet101,
     "resnet152": resnet.resnet152,
+    "imagenet_resnet18": resnet.imagenet_resnet18,
+    "imagenet_resnet34": resnet.imagenet_resnet34,
+    "imagenet_resnet50": resnet.imagenet_resnet50,
+    "imagenet_resnet101": resnet.imagenet_resnet101,
+    "imagenet_wide_resnet50_2": resnet.imagenet_wide_resnet50_2,
+    "imagenet_wide_resnet101_2": resnet.imagenet_wide_resnet101_2,
     "wrn10_1": wide_resnet.wrn10_1,
     "wrn28_10": wide_resnet.wrn28_10,
     "wrn34_10": wide_resnet.wrn34_10,
@@ -39,6 +45,7 @@ def make_model(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     bn_axis: str | None = None,
+    remat: bool = False,
 ) -> nn.Module:
     """The network `name`.
 
@@ -49,6 +56,7 @@ def make_model(
       dtype: of the computation; the last layer and the logits have param_dtype.
       param_dtype: of the weights and statistics.
       bn_axis: a mesh axis over which batch statistics are averaged; None keeps them on each device.
+      remat: residual blocks keep only their inputs for the gradient and compute the rest again: less memory, more time.
 
     Raises:
       ValueError: an unknown name.
@@ -56,5 +64,11 @@ def make_model(
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}.")
     return MODELS[name](
-        num_classes=num_classes, mean=mean, std=std, dtype=dtype, param_dtype=param_dtype, bn_axis=bn_axis
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        bn_axis=bn_axis,
+        remat=remat,
     )

@@ -1,5 +1,8 @@
 """What the networks share: PyTorch's batch normalisation and padding, input normalisation, the constructor fields."""
 
+import math
+import os
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -60,6 +63,11 @@ class Network(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     bn_axis: str | None = None
+    remat: bool = False
+
+    def block(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """A block's class, called as block(x, train); with `remat` its activations are computed again when needed."""
+        return nn.remat(kind, static_argnums=(2,)) if self.remat else kind
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """[0, 1] images to what the first layer sees, in the computation's type."""
@@ -85,7 +93,32 @@ def conv(features: int, size: int, stride: int, owner: Any, name: str) -> nn.Con
         dtype=owner.dtype,
         param_dtype=owner.param_dtype,
         name=name,
+        conv_general_dilated=convolve,
     )
+
+
+# XLA's CPU kernels share a convolution among threads by blocks of output channels, as many as give a block of the
+# kernel so many elements; a kernel below that runs on one thread.
+_ONE_THREAD_BELOW = 73_728
+_WORTH_A_THREAD = 2**28  # multiply-adds
+
+
+def convolve(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    """`lax.conv_general_dilated` [N, ...]; on a CPU a large convolution of few channels runs in parts of the batch.
+
+    The parts, and with them both gradients, run on a core each; no image's result changes.
+    """
+    whole: Any = partial(lax.conv_general_dilated, **options)
+    cores = min(os.cpu_count() or 1, 8)
+    window_and_inputs = math.prod(kernel.shape[:-1])
+    work = math.prod(x.shape[:-1]) * window_and_inputs * kernel.shape[-1]
+    if kernel.size > _ONE_THREAD_BELOW or work < _WORTH_A_THREAD or x.shape[0] % cores:
+        return whole(x, kernel, *args)
+
+    def in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.concatenate([whole(part, kernel, *args) for part in jnp.split(x, cores)])
+
+    return lax.platform_dependent(x, kernel, cpu=in_parts, default=lambda x, k: whole(x, k, *args))
 
 
 def batch_norm(owner: Any, name: str) -> BatchNorm:

@@ -54,7 +54,7 @@ class WideResNet(Network):
             for i in range(count):
                 stride = 2 if i == 0 and stage > 1 else 1
                 channels = 16 * 2 ** (stage - 1) * self.widen
-                x = Block(
+                x = self.block(Block)(
                     channels,
                     stride,
                     self.dtype,
