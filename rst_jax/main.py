@@ -40,6 +40,7 @@ _USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=
                       several processes (jax.distributed): the address of process 0 as HOST:PORT, how many, which;
                       --coordinator=auto where the cluster tells (TPU pods, SLURM)
 """
+_LOST_AFTER = 60  # seconds without a sign of life from a process, after which the others end
 _PLAN_USAGE = """usage: python -m rst_jax plan --config=FILE --topology=v5e:4x4 [--json=FILE] [--config.FIELD=VALUE ...]
 
 Compiles the search step for a TPU topology without a TPU (needs libtpu: pip install "jax[tpu]"; minutes) and predicts
@@ -277,11 +278,12 @@ def _connect(options: dict[str, Any]) -> str | None:
     """
     if options["coordinator"] is None:
         return None
-    where = () if options["coordinator"] == "auto" else tuple(options.values())[:3]
-    if None in where:
+    names = {"coordinator": "coordinator_address", "num_processes": "num_processes", "process_id": "process_id"}
+    where = {} if options["coordinator"] == "auto" else {to: options[name] for name, to in names.items()}
+    if None in where.values():
         raise ValueError("--coordinator=HOST:PORT needs --num_processes and --process_id.")
     try:
-        jax.distributed.initialize(*where)
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=_LOST_AFTER)
     except RuntimeError as error:
         return f"the processes could not join at {options['coordinator']}: {error}"
     return None

@@ -85,7 +85,8 @@ def outputs(function: Callable[..., Any], *args: Any) -> int:
 
     def count(jaxpr: core.Jaxpr) -> int:
         total = 0
-        for equation in jaxpr.eqns:
+        equations: Any = jaxpr.eqns
+        for equation in equations:
             if equation.primitive.name in ("dot_general", "conv_general_dilated"):
                 total += math.prod(equation.outvars[0].aval.shape)
             total += sum(count(inner) for inner in core.jaxprs_in_params(equation.params))

@@ -5,11 +5,13 @@ pip install "jax[tpu]"). The compiled program tells memory and collectives. Oper
 and the roofline is from the published rates of the chip, for TPUs and GPUs alike: no figure here was measured.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -220,12 +222,26 @@ def _devices(topology: str) -> list[Any]:
     from jax.experimental import topologies
 
     # Nothing but the compiler is asked of the library: it need not look for a TPU and its neighbours.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        with _without_standard_error():
+            found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # the library's own kinds
-        raise ValueError(f"--topology={topology}: the TPU compiler knows no such topology ({error}).") from error
+        raise ValueError(f"--topology={topology}: the TPU compiler does not make this topology ({error}).") from error
     return list(found.devices)
+
+
+@contextlib.contextmanager
+def _without_standard_error() -> Iterator[None]:
+    """The library tells there, of itself, that it finds no TPU."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _compile(
@@ -340,7 +356,11 @@ def table(plan: Plan) -> str:
             f"  {ms[4]:6.2f} ms  {epoch:6.1f} s  {100 * one / p.step / p.chips:8.0f} %  {plan.hours(p):6.1f}"
         )
     whole = f"{plan.networks} networks of {plan.epochs} epochs of {plan.steps_per_epoch} steps"
-    lines += ["", f"  all, h: chip-hours of {whole}; evaluation not counted. Milliseconds a step; nothing overlaps."]
+    lines += [
+        "",
+        f"  all, h: chip-hours of {whole}; evaluation not counted. Times are a step's; nothing overlaps.",
+        "  A chip that cannot hold its images takes them in parts (accumulate) at the same operations.",
+    ]
     enough = batch_for(plan, 0.9)
     lines.append(f"  90 % of one chip's efficiency on 256 chips needs a batch of {enough:,} images.")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ def start(workdir, devices, *more, options=TINY):
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": "",
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent.parent / "cache"),
     }
     command = [sys.executable, "-m", "rst_jax.main", *options, f"--workdir={workdir}", *more]
     return subprocess.Popen(
@@ -60,7 +60,10 @@ def final_state(workdir):
     import orbax.checkpoint as ocp
 
     folder = next((workdir / "checkpoints" / "ratio-0.3" / "latest").iterdir())
-    tree = ocp.StandardCheckpointer().restore(folder / "state")
+    with ocp.PyTreeCheckpointer() as checkpointer:  # as NumPy arrays: the devices that saved it are not here
+        saved = checkpointer.metadata(folder / "state").item_metadata.tree
+        as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        tree = checkpointer.restore(folder / "state", restore_args=as_arrays)
     return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 

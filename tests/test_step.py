@@ -153,7 +153,7 @@ def test_accumulated_parts_make_the_gradient_of_the_whole_batch():
     v = init_variables(model, (8, 8, 1), jax.random.key(0))
     state = TicketState(jnp.int32(0), v["params"], v["scores"], v["batch_stats"], SGD.init(v["scores"]))
     kept = subnet.kept_counts(v["scores"], 0.5)
-    images, labels, ids = data().take(jnp.arange(12))
+    images, labels, _ = data().take(jnp.arange(12))
     found = []
     for parts in (1, 3):
         settings = dataclasses.replace(SEARCH, accumulate=parts)
