@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,9 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rst_jax.chips import parse_topology
 from rst_jax.config import Config
 from rst_jax.data.pipeline import Images
 from rst_jax.data.sources import STREAMED, load_dataset
+from rst_jax.hlo import Collective, collectives
 from rst_jax.loop import Job, batch_sizes, make_job_step
 from rst_jax.mesh import AXIS, make_mesh
 from rst_jax.models import make_model
@@ -37,44 +38,6 @@ _KNOWN: dict[str, tuple[int, tuple[int, ...], int]] = {
 }
 _PASSES = 13  # over a layer's output in one gradient: write, statistics twice, normalise, relu and their gradients
 _MASK_PASSES = 8 + 3  # over the scores: the threshold four bits a pass, ties, the mask
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published rates of one chip.
-
-    Attributes:
-      flops: dense bfloat16 operations a second.
-      memory: bytes. bandwidth: of the memory, bytes/s.
-      link: to its neighbours, bytes/s one way, all links together. network: beyond `island` chips, bytes/s.
-    """
-
-    flops: float
-    memory: float
-    bandwidth: float
-    link: float
-    island: int = 2**30
-    network: float = 0.0
-
-
-CHIPS = {
-    "v4": Chip(275e12, 32e9, 1228e9, 300e9),
-    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
-    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32e9, 1638e9, 400e9),
-    "a100": Chip(312e12, 80e9, 2039e9, 300e9, 8, 25e9),
-    "h100": Chip(989e12, 80e9, 3350e9, 450e9, 8, 50e9),
-    "h200": Chip(989e12, 141e9, 4800e9, 450e9, 8, 50e9),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """A collective of the compiled program: its kind, bytes a chip, and whether it is inside a loop (the attack's)."""
-
-    kind: str
-    bytes: int
-    in_loop: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +105,7 @@ def make_plan(config: Config, topology: str) -> Plan:
     Raises:
       ValueError: an unknown chip, a topology that does not parse or exist, a batch that its chips cannot share.
     """
-    chip, chips = _parse(topology)
+    chip, chips = parse_topology(topology)
     n, image_shape, classes = _data(config)
     batches = batch_sizes(n, config.batch_size, chips)
     model = make_model(config.model, classes, (0.5,) * image_shape[-1], (0.25,) * image_shape[-1])
@@ -199,16 +162,6 @@ def _data(config: Config) -> tuple[int, tuple[int, ...], int]:
         dataset = load_dataset(config)
         n, shape, classes = len(dataset.train), dataset.train.images.shape[1:], dataset.num_classes
     return min(n, config.train_examples or n), shape, classes
-
-
-def _parse(topology: str) -> tuple[Chip, int]:
-    name, _, axes = topology.partition(":")
-    sizes = axes.split("x")
-    if name not in CHIPS or not all(s.isdigit() and int(s) for s in sizes):
-        raise ValueError(
-            f"--topology must be a chip of {', '.join(CHIPS)} and how many, as v5e:4x4 or h200:8; got {topology!r}."
-        )
-    return CHIPS[name], math.prod(int(s) for s in sizes)
 
 
 def _devices(topology: str) -> list[Any]:
@@ -285,39 +238,6 @@ def _compile(
     return Compiled(seconds, memory, cost["flops"], cost["bytes accessed"], found)
 
 
-_KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-_INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ({_KINDS})(?:-start)?\(")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
-
-
-def collectives(hlo: str) -> list[Collective]:
-    """The collectives of a compiled program's text, each with the bytes of its result."""
-    found: list[tuple[str, str, int]] = []
-    callers: dict[str, set[str]] = {}
-    loops: set[str] = set()
-    here = ""
-    for line in hlo.splitlines():
-        if heading := _COMPUTATION.match(line):
-            here = heading[1]
-            continue
-        for names in _CALLED.findall(line):
-            for name in re.findall(r"[\w.\-]+", names):
-                callers.setdefault(name, set()).add(here)
-                if " while(" in line:
-                    loops.add(name)
-        if match := _INSTRUCTION.match(line):
-            sizes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            size = sum(_BYTES.get(kind, 4) * math.prod(int(d) for d in dims.split(",") if d) for kind, dims in sizes)
-            found.append((here, match[2], size))
-
-    def in_loop(name: str) -> bool:
-        return name in loops or any(in_loop(caller) for caller in callers.get(name, ()))
-
-    return [Collective(kind, size, in_loop(place)) for place, kind, size in found]
-
-
 def table(plan: Plan) -> str:
     """The plan for a terminal."""
     c = plan.compiled
@@ -329,7 +249,7 @@ def table(plan: Plan) -> str:
     def row(name: str, text: str) -> None:
         lines.append(f"  {name:14} {text}")
 
-    chip, _ = _parse(plan.topology)
+    chip, _ = parse_topology(plan.topology)
     row("operations", f"{plan.operations / 1e9:.1f} GFLOP an image and step; {chip.flops / 1e12:.0f} TFLOP/s a chip")
     row("traffic", f"{plan.traffic / 1e9:.2f} GB an image and step; {chip.bandwidth / 1e9:.0f} GB/s a chip")
     if c:
@@ -369,7 +289,7 @@ def table(plan: Plan) -> str:
 def batch_for(plan: Plan, efficiency: float, chips: int = 256) -> int:
     """The smallest batch, a multiple of the chips, at which so many reach this share of one chip's speed a chip."""
     one = plan.points[0]
-    chip, _ = _parse(plan.topology)
+    chip, _ = parse_topology(plan.topology)
     an_image = max(one.compute, one.memory) / plan.batch_size
     link = chip.link if chips <= chip.island else chip.network
     reduced = 4 * (plan.scores + plan.statistics) * 2 * (chips - 1) / chips / link

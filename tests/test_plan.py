@@ -7,9 +7,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from rst_jax import config as config_lib
+from rst_jax.chips import CHIPS
+from rst_jax.hlo import collectives
 from rst_jax.main import run_command
 from rst_jax.mesh import AXIS, make_mesh
-from rst_jax.plan import CHIPS, batch_for, collectives, make_plan, table
+from rst_jax.plan import batch_for, make_plan, table
 
 
 def config(name, **fields):
