@@ -38,7 +38,7 @@ class RunCheckpoints:
         self._latest, self._best = _manager(directory / "latest", 1), _manager(directory / "best", 2)
 
     def save_latest(self, state: TicketState, progress: dict[str, Any]) -> None:
-        """Save the state after its step, replacing the one before (also one of the same step)."""
+        """Save the state after its step, replacing the one before; nothing where that step is saved already."""
         step = int(state.step)
         if step == self._latest.latest_step():
             return

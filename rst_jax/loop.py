@@ -179,7 +179,7 @@ class Trainer:
 
     def step(self, job: Job, rows: int, attack_steps: int) -> Callable:
         """The compiled step for batches of `rows` images; the same object for jobs that differ in name alone."""
-        key = (job.trainable, job.epochs, job.optimizer, rows, attack_steps)
+        key = (job.trainable, job.epochs, job.optimizer, len(self.batches), rows, attack_steps)
         if key not in self._steps:
             many = self.dispatch > 1 and rows == self.config.batch_size
             optimizer, _ = self.optimizer_of(job)

@@ -139,8 +139,7 @@ def make_plan(config: Config, topology: str) -> Plan:
         if config.batch_size % count:
             continue
         rows = config.batch_size // count
-        link = chip.link if count <= chip.island else chip.network
-        reduced = 4 * (scores + statistics) * 2 * (count - 1) / count / link
+        reduced = chip.all_reduce(4 * (scores + statistics), count)
         points.append(
             Point(
                 count, step_ops * rows / chip.flops, an_image * rows / chip.bandwidth, fixed / chip.bandwidth, reduced
@@ -291,8 +290,7 @@ def batch_for(plan: Plan, efficiency: float, chips: int = 256) -> int:
     one = plan.points[0]
     chip, _ = parse_topology(plan.topology)
     an_image = max(one.compute, one.memory) / plan.batch_size
-    link = chip.link if chips <= chip.island else chip.network
-    reduced = 4 * (plan.scores + plan.statistics) * 2 * (chips - 1) / chips / link
+    reduced = chip.all_reduce(4 * (plan.scores + plan.statistics), chips)
     rows = 1
     while True:
         busy = an_image * rows
