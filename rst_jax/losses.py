@@ -8,10 +8,45 @@ from jax import lax
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """-sum_c q_c log softmax(logits)_c, q = (1 - smoothing) on the label + smoothing spread over all classes."""
     log_p = jax.nn.log_softmax(logits)
-    at_label = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    at_label = at(log_p, labels)
     if not smoothing:
         return -at_label
     return -((1 - smoothing) * at_label + smoothing * jnp.mean(log_p, axis=-1))
+
+
+def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """z_y - max_{i != y} z_i: how far the label's logit is above the next; negative where it is not the largest."""
+    mine = at(logits, labels)
+    others = jnp.where(jax.nn.one_hot(labels, logits.shape[-1], dtype=bool), -jnp.inf, logits)
+    return mine - jnp.max(others, axis=-1)
+
+
+def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Difference of logits ratio (Croce and Hein, 2020, eq. 6): -margin / (z_1 - z_3), over descending logits.
+
+    It is the same for shifted and scaled logits. With two classes there is no third: -margin.
+    """
+    if logits.shape[-1] < 3:
+        return -margin(logits, labels)
+    top = lax.top_k(logits, 3)[0]
+    return -margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
+    """Targeted DLR (Croce and Hein, 2020, eq. 7): -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2), over descending logits.
+
+    With fewer than four classes there is no fourth: z_t - z_y.
+    """
+    ahead = at(logits, targets) - at(logits, labels)
+    if logits.shape[-1] < 4:
+        return ahead
+    top = lax.top_k(logits, 4)[0]
+    return ahead / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+
+
+def at(logits: jax.Array, classes: jax.Array) -> jax.Array:
+    """The logit of one class an example: [N] of [N, classes] and integers [N]."""
+    return jnp.take_along_axis(logits, classes[:, None], axis=-1)[:, 0]
 
 
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 
 
-def _per_example(values: jax.Array, like: jax.Array) -> jax.Array:
+def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
+    """[N] as [N, 1, ...], to go with an array [N, ...]."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _norm(x: jax.Array) -> jax.Array:
+def l2_norm(x: jax.Array) -> jax.Array:
+    """The Euclidean norm of each example: [N] of [N, ...]."""
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
 
 
@@ -19,11 +21,13 @@ def _norm(x: jax.Array) -> jax.Array:
 class ThreatModel:
     """What an adversary may do to an image in [lower, upper]: move it by at most eps in the norm.
 
+    Inside a compiled program eps may be a traced scalar, so that one program serves every radius.
+
     Raises:
       ValueError: an unknown norm or a negative eps.
     """
 
-    eps: float
+    eps: float | jax.Array
     norm: Literal["linf", "l2"] = "linf"
     lower: float = 0.0
     upper: float = 1.0
@@ -31,7 +35,7 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm must be 'linf' or 'l2'; got {self.norm!r}.")
-        if not self.eps >= 0:
+        if not isinstance(self.eps, jax.Array) and not self.eps >= 0:
             raise ValueError(f"eps must be at least 0; got {self.eps}.")
 
     def noise(self, keys: jax.Array, images: jax.Array) -> jax.Array:
@@ -52,7 +56,22 @@ class ThreatModel:
         """The unit step along which a linear function grows fastest: sign, or the gradient over its norm."""
         if self.norm == "linf":
             return jnp.sign(gradient)
-        return gradient / (_per_example(_norm(gradient), gradient) + 1e-12)
+        return self.unit(gradient)
+
+    def unit(self, x: jax.Array) -> jax.Array:
+        """x over its norm: [N, ...] of norm one each (zero stays zero)."""
+        length = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim))) if self.norm == "linf" else l2_norm(x)
+        return x / (per_example(length, x) + 1e-12)
+
+    def clip(self, x: jax.Array) -> jax.Array:
+        """Into the box."""
+        return jnp.clip(x, self.lower, self.upper)
+
+    def ascend(
+        self, adversarial: jax.Array, gradient: jax.Array, size: jax.Array | float, images: jax.Array
+    ) -> jax.Array:
+        """A step of `size` (a number, or [N, 1, ...]) along the steepest ascent, projected."""
+        return self.project(adversarial + size * self.steepest(gradient), images)
 
     def project(self, adversarial: jax.Array, images: jax.Array) -> jax.Array:
         """Into the ball around `images`, then into the box (the images lie in it, so the ball is not left again)."""
@@ -60,16 +79,16 @@ class ThreatModel:
             inside = jnp.clip(adversarial, images - self.eps, images + self.eps)
         else:
             delta = adversarial - images
-            length = _per_example(_norm(delta), delta)
+            length = per_example(l2_norm(delta), delta)
             inside = images + delta * jnp.minimum(1.0, self.eps / jnp.maximum(length, 1e-12)).astype(delta.dtype)
-        return jnp.clip(inside, self.lower, self.upper)
+        return self.clip(inside)
 
     def distance(self, adversarial: jax.Array, images: jax.Array) -> jax.Array:
         """How far each image was moved, in the norm: [N]."""
         delta = adversarial - images
         if self.norm == "linf":
             return jnp.max(jnp.abs(delta), axis=tuple(range(1, delta.ndim)))
-        return _norm(delta)
+        return l2_norm(delta)
 
     def violations(self, adversarial: jax.Array, images: jax.Array, tolerance: float = 1e-6) -> jax.Array:
         """Which images left the ball or the box by more than `tolerance`, or are not finite: bool [N]."""

@@ -1,18 +1,23 @@
-"""Projected gradient descent (Madry et al., 2018), and its one-step relatives, as one loop.
+"""Projected gradient descent (Madry et al., 2018), and its one-step relatives.
+
+`pgd` is the loop that training runs through; `PGD` the attack of an evaluation, which looks at every iterate.
 
 FGSM (Goodfellow et al., 2015) is one step of eps from the image itself; FGSM-RS (Wong et al., 2020) one step of
-1.25 eps from a uniform start; PGD several smaller steps from a uniform start.
+1.25 eps from a uniform start; PGD several smaller steps from a uniform start; CW-Linf (after Carlini and Wagner, 2017)
+PGD on the margin.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rst_jax.losses import correct, cross_entropy
-from rst_jax.threat import ThreatModel
+from rst_jax.attacks.attack import Found, Problem, ascent
+from rst_jax.losses import correct, cross_entropy, margin
+from rst_jax.threat import ThreatModel, per_example
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -61,9 +66,9 @@ def pgd(
 
     def step(adversarial: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         gradient, (standing, memory) = jax.grad(objective, has_aux=True)(adversarial, memory)
-        moved = threat.project(adversarial + step_size * threat.steepest(gradient), images)
+        moved = threat.ascend(adversarial, gradient, step_size, images)
         if rest_when_broken:
-            moved = jnp.where(standing.reshape(-1, *(1,) * (images.ndim - 1)), moved, adversarial)
+            moved = jnp.where(per_example(standing, images), moved, adversarial)
         return moved, memory
 
     adversarial = images if start is None else threat.project(images + start, images)
@@ -73,3 +78,50 @@ def pgd(
     else:
         (adversarial, memory), _ = lax.scan(lambda carry, _: (step(*carry), None), (adversarial, memory), None, steps)
     return (adversarial, memory) if stateful else adversarial
+
+
+class PGDState(NamedTuple):
+    """Of each example: where it is, and the gradient there."""
+
+    found: Found
+    x: jax.Array
+    gradient: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PGD:
+    """PGD on cross-entropy or, as CW-Linf, on the margin; success at any iterate counts.
+
+    Attributes:
+      name: as in tables: PGD-20, FGSM, ...
+      step_size: in units of eps.
+      rounds: restarts.
+      random_start: uniform in the ball.
+      loss: "ce" or "margin".
+    """
+
+    name: str
+    steps: int
+    step_size: float
+    rounds: int = 1
+    random_start: bool = True
+    loss: Literal["ce", "margin"] = "ce"
+    targeted = False
+    needs_gradient = True
+    rests = True
+
+    def _looked_at(self, p: Problem, x: jax.Array, found: Found) -> PGDState:
+        def loss(logits: jax.Array) -> jax.Array:
+            return cross_entropy(logits, p.labels) if self.loss == "ce" else -margin(logits, p.labels)
+
+        _, logits, gradient = ascent(p, x, loss)
+        return PGDState(found.seen(p, x, logits, gradient), x, gradient)
+
+    def start(self, p: Problem) -> PGDState:
+        """Begin at the image, or at a random point of the ball."""
+        x = p.threat.project(p.images + p.threat.noise(p.keys, p.images), p.images) if self.random_start else p.images
+        return self._looked_at(p, x, Found.nothing(p))
+
+    def step(self, p: Problem, s: PGDState, i: jax.Array) -> PGDState:
+        """One projected step."""
+        return self._looked_at(p, p.threat.ascend(s.x, s.gradient, self.step_size * p.threat.eps, p.images), s.found)

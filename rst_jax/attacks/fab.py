@@ -1,0 +1,147 @@
+"""Fast Adaptive Boundary attack (Croce and Hein, 2020): the closest point beyond a linearised decision boundary.
+
+Each step linearises z_t - z_y, projects the current and the clean image onto that hyperplane within the box, moves
+between the two (overshooting by eta), and steps back towards the clean image by beta whenever it finds an adversarial.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rst_jax.attacks.attack import Found, Problem, ascent
+from rst_jax.losses import at, correct
+from rst_jax.threat import ThreatModel, per_example
+
+_SETTLED = 64  # Newton steps at most; a handful is usual
+
+
+class FABState(NamedTuple):
+    """Of each example: where it is, and how far its closest adversarial image is."""
+
+    found: Found
+    x: jax.Array
+    closest: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class FAB:
+    """FAB from the clean image (deterministic), targeted (FAB-T) or against the class whose boundary is nearest.
+
+    Attributes:
+      rounds: targets of FAB-T; 1 otherwise.
+      eta: overshoot.
+      beta: how much of the way out is kept after an adversarial image.
+      alpha_max: at most so much of the projection of the clean image.
+      minimal: go on for the closest adversarial image after one within eps is found.
+    """
+
+    targeted: bool = True
+    steps: int = 100
+    rounds: int = 9
+    eta: float = 1.05
+    beta: float = 0.9
+    alpha_max: float = 0.1
+    minimal: bool = False
+    needs_gradient = True
+
+    @property
+    def name(self) -> str:
+        """As in tables."""
+        return "FAB-T" if self.targeted else "FAB"
+
+    @property
+    def rests(self) -> bool:
+        """Broken examples rest, unless the closest image is wanted."""
+        return not self.minimal
+
+    def start(self, p: Problem) -> FABState:
+        """Begin at the clean image."""
+        return FABState(Found.nothing(p), p.images, jnp.full(p.labels.shape, jnp.inf, p.images.dtype))
+
+    def step(self, p: Problem, s: FABState, i: jax.Array) -> FABState:
+        """Linearise, project, mix, look, step back."""
+        difference, gradient = self._boundary(p, s.x)
+        offset = jnp.sum(gradient * s.x, axis=_rest(s.x)) - difference
+        from_here, from_clean = (to_hyperplane(p.threat, x, gradient, offset) for x in (s.x, p.images))
+        far, near = (jnp.maximum(_length(p.threat, d), 1e-8) for d in (from_here, from_clean))
+        alpha = per_example(jnp.minimum(far / (far + near), self.alpha_max), s.x)
+        x = p.threat.clip((s.x + self.eta * from_here) * (1 - alpha) + (p.images + self.eta * from_clean) * alpha)
+        logits = p.logits_fn(x)
+        adversarial = ~correct(logits, p.labels)
+        distance = p.threat.distance(x, p.images)
+        closer = adversarial & (distance < s.closest)
+        found = s.found.judged(p, x, logits, closer & (distance <= p.threat.eps), gradient)
+        return FABState(
+            found._replace(queries=found.queries + 1),
+            jnp.where(per_example(adversarial, x), p.images + self.beta * (x - p.images), x),
+            jnp.where(closer, distance, s.closest),
+        )
+
+    def _boundary(self, p: Problem, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """z_t - z_y at x, [N], and its gradient; t is the target, or the class whose boundary is nearest."""
+        if self.targeted:
+            difference, _, gradient = ascent(p, x, lambda z: at(z, p.targets) - at(z, p.labels))
+            return difference, gradient
+        logits, pull_back = jax.vjp(lambda x: p.logits_fn(x) - at(p.logits_fn(x), p.labels)[:, None], x)
+        classes = logits.shape[-1]
+        units = jnp.eye(classes, dtype=logits.dtype)
+        gradients = lax.map(lambda unit: pull_back(jnp.broadcast_to(unit, logits.shape))[0], units)  # [classes, N, ...]
+        lengths = jax.vmap(lambda g: _dual_length(p.threat, g))(gradients).T
+        own = jax.nn.one_hot(p.labels, classes, dtype=bool)
+        nearest = jnp.argmin(jnp.where(own, jnp.inf, jnp.abs(logits) / (lengths + 1e-12)), axis=-1)
+        gradient = jnp.take_along_axis(gradients, nearest.reshape(1, -1, *(1,) * (x.ndim - 1)), axis=0)[0]
+        return at(logits, nearest), gradient
+
+
+def to_hyperplane(threat: ThreatModel, x: jax.Array, normal: jax.Array, offset: jax.Array) -> jax.Array:
+    """The smallest move, in the threat model's norm, that brings x onto <normal, x> = offset within the box.
+
+    Every pixel goes the way that helps, by a common length (Linf) or in proportion to |normal| (L2), until it meets
+    the box: <|normal|, move> is concave and piecewise linear in that length, so Newton's method from 0 ends at the
+    exact solution after finitely many steps, without a sort. Where the box is too small, every pixel goes to its edge.
+
+    Args:
+      threat: norm and box.
+      x: [N, ...] in the box; normal: [N, ...]; offset: [N].
+
+    Returns:
+      The moves [N, ...].
+    """
+    axes = _rest(x)
+    excess = jnp.sum(normal * x, axis=axes) - offset
+    way = -jnp.sign(normal) * per_example(jnp.where(excess >= 0, 1, -1).astype(x.dtype), x)
+    room = jnp.where(way < 0, x - threat.lower, threat.upper - x)
+    weight, wanted = jnp.abs(normal), jnp.abs(excess)
+    pace = weight if threat.norm == "l2" else jnp.ones_like(weight)
+
+    def moves(length: jax.Array) -> jax.Array:
+        return jnp.minimum(per_example(length, x) * pace, room)
+
+    def newton(carry: tuple) -> tuple:
+        length, slope_before, settled, count = carry
+        free = per_example(length, x) * pace < room
+        slope = jnp.sum(jnp.where(free, weight * pace, 0), axis=axes)
+        missing = wanted - jnp.sum(weight * moves(length), axis=axes)
+        after = jnp.where(slope > 0, length + missing / jnp.where(slope > 0, slope, 1), jnp.inf)
+        settled = settled | (slope == slope_before)  # the same pixels are free: the last step was exact
+        return jnp.where(settled, length, after), slope, settled | (slope <= 0), count + 1
+
+    n = jnp.zeros_like(wanted)
+    start = (n, n - 1, jnp.zeros(n.shape, bool), jnp.int32(0))
+    length, *_ = lax.while_loop(lambda c: ~jnp.all(c[2]) & (c[3] < _SETTLED), newton, start)
+    return way * jnp.where(per_example(jnp.isinf(length), x), room, moves(jnp.where(jnp.isinf(length), 0, length)))
+
+
+def _rest(x: jax.Array) -> tuple[int, ...]:
+    return tuple(range(1, x.ndim))
+
+
+def _length(threat: ThreatModel, move: jax.Array) -> jax.Array:
+    return threat.distance(move, jnp.zeros_like(move))
+
+
+def _dual_length(threat: ThreatModel, gradient: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.abs(gradient), axis=_rest(gradient)) if threat.norm == "linf" else _length(threat, gradient)
