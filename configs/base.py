@@ -80,6 +80,9 @@ def get_config() -> ConfigDict:
     c.evaluate.batch_size = 250
     c.evaluate.examples = 0  # measure on the first so many test images only; 0: all
     c.evaluate.every_epochs = 5  # of the held-out images during training; the last epoch always is
+    c.evaluate.card = (
+        "pgd"  # pgd | autoattack | full: at the end, an evaluation card of every ticket (hours, not minutes)
+    )
 
     # The machine.
     c.compute_dtype = "auto"  # auto: bfloat16 on GPU and TPU, float32 on CPU | float32 | bfloat16 | float64

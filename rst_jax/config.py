@@ -66,13 +66,14 @@ class Dense:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """The evaluation attack (PGD) and how often the held-out images are attacked."""
+    """The evaluation attack (PGD), how often the held-out images are attacked, and the card at the end."""
 
     steps: int
     step_size: float
     batch_size: int
     examples: int
     every_epochs: int
+    card: Literal["pgd", "autoattack", "full"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
+from rst_jax import commands, plan, preemption, search
 from rst_jax import config as config_lib
-from rst_jax import plan, preemption, search
-from rst_jax.evaluate import ticket_record
+from rst_jax.card import measure, of_ticket
+from rst_jax.driver import Driver
+from rst_jax.evaluator import ticket_record
 from rst_jax.metrics import make_say
 from rst_jax.r2s import load_r2s, r2s_record
 from rst_jax.records import write_arrays, write_json
@@ -35,6 +38,7 @@ _USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=
   --config            a file in configs/; configs/base.py explains every field
   --workdir           where everything is written (default: runs/<name of the config>)
   --config.task       draw (default) | search | evaluate | transfer | r2s | report
+  evaluate, show      as the first word: an evaluation card of a ticket, and a look at one; see evaluate --help
   plan                as the first word: what the configuration will cost on TPUs or GPUs; see plan --help
   --coordinator, --num_processes, --process_id
                       several processes (jax.distributed): the address of process 0 as HOST:PORT, how many, which;
@@ -58,6 +62,8 @@ def run_command(argv: list[str]) -> int:
     """The command as a function: its exit code; errors are told on standard error in a sentence."""
     if argv[1:2] == ["plan"]:
         return _plan([argv[0], *argv[2:]])
+    if argv[1:2] in (["evaluate"], ["show"]):
+        return _word(argv[1], argv[2:])
     if any(a in ("-h", "--help", "-help", "--helpfull") for a in argv[1:]):
         print(_USAGE)
         return 0
@@ -66,7 +72,7 @@ def run_command(argv: list[str]) -> int:
         if error := _connect(options):
             return _fail(error, preemption.EXIT_CODE)
         preemption.listen()
-        _set_up_compilation_cache(config)
+        _set_up_compilation_cache(config.compilation_cache)
         workdir = Path(options["workdir"])
         say = make_say(jax.process_index() == 0)
         run = Run(config, workdir, say)
@@ -75,6 +81,22 @@ def run_command(argv: list[str]) -> int:
             return _work(run)
     except (ValueError, OSError) as error:
         return _fail(error, 2)
+
+
+def _word(word: str, arguments: list[str]) -> int:
+    """`evaluate` and `show`."""
+    try:
+        _set_up_compilation_cache("~/.cache/rst_jax")
+        commands.run(word, arguments)
+    except preemption.Preempted:
+        return _fail("stopped by SIGTERM; the same command goes on from here.", preemption.EXIT_CODE)
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command goes on from the last finished batch.", 1)
+    except (ValueError, OSError) as error:
+        return _fail(error, 2)
+    except SystemExit as done:  # --help
+        return int(done.code or 0)
+    return 0
 
 
 def _plan(argv: list[str]) -> int:
@@ -135,6 +157,8 @@ def draw(run: Run) -> None:
         if task in ("draw", "r2s"):
             _switch(run, tickets, crossed)
         _gallery(run, tickets, crossed)
+        if run.config.evaluate.card != "pgd":
+            _cards(run, tickets)
     if run.is_main:
         names = [name_of(r) for r in sorted(run.config.remaining_ratios)] + ["dense"]
         results = read_results(run.workdir, names)
@@ -196,6 +220,35 @@ def _gallery(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
             "ticket": np.asarray(tickets[best].meta["name"]),
         }
         write_arrays(run.workdir / "results" / "gallery.npz", arrays)
+
+
+def _cards(run: Run, tickets: list[Ticket]) -> None:
+    """The evaluation card of every ticket; programs are shared between them."""
+    c, data = run.config, run.dataset
+    images, test = data.scaled(data.test), data.test
+    driver = Driver(run.mesh, c.evaluate.batch_size, run.key("evaluate"))
+    for ticket in tickets:
+        name = ticket.meta["name"]
+        run.say(f"{name}: the {c.evaluate.card} card")
+        card = measure(
+            driver,
+            of_ticket(ticket),
+            partial(_logits_of, ticket),
+            images,
+            test.labels,
+            test.ids,
+            run.evaluator.threat,
+            attacks=c.evaluate.card,
+            folder=run.workdir / "results" / "cards" / name,
+            subject=name,
+            subject_digest=ticket.digest,
+            dataset=c.dataset,
+        )
+        run.say(f"{name}: {card.record.verdict}")
+
+
+def _logits_of(ticket: Ticket, images: np.ndarray) -> np.ndarray:
+    return np.asarray(ticket(images))
 
 
 def _parse(argv: list[str]) -> tuple[config_lib.Config, dict[str, Any]]:
@@ -289,9 +342,9 @@ def _connect(options: dict[str, Any]) -> str | None:
     return None
 
 
-def _set_up_compilation_cache(config: config_lib.Config) -> None:
-    if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+def _set_up_compilation_cache(folder: str) -> None:
+    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rst_jax.checkpoint import restore_tickets, save_tickets
-from rst_jax.evaluate import Evaluator
+from rst_jax.evaluator import Evaluator
 from rst_jax.records import R2SRecord, provenance
 from rst_jax.ticket import Ticket
 from rst_jax.transfer import Crossed

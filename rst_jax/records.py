@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import subprocess
+import types
+import typing
 import zipfile
 import zlib
 from importlib import metadata
@@ -134,6 +136,88 @@ class R2SRecord:
     provenance: Provenance
 
 
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Something that had to hold for a figure to mean what it says.
+
+    Attributes:
+      effect: "suspect" or "invalid": what the verdict is if it did not pass.
+      measured: what was found, and what was allowed.
+      means: what it means if it did not pass.
+    """
+
+    name: str
+    passed: bool
+    effect: str
+    measured: str
+    means: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRecord:
+    """A cascade of attacks and what stood.
+
+    Attributes:
+      attacks: each with its settings. broken: examples that each broke, verified.
+      unverified: claims that did not hold when run again; they are not counted.
+      fragile: broken examples whose margin is within 1e-4 of the boundary.
+      median_distance: of the closest adversarial images of a minimal-norm attack over the examples classified right, in
+        L2; None where not measured (or where less than half have one).
+      queries, gradients: passes over all examples.
+    """
+
+    name: str
+    norm: str
+    eps: float
+    attacks: list[str]
+    robust: Accuracy
+    broken: dict[str, int]
+    unverified: int
+    fragile: int
+    median_distance: float | None
+    queries: int
+    gradients: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Robust accuracy of the first n examples at growing eps, from 0 to where every image can be reached."""
+
+    attack: str
+    norm: str
+    eps: list[float]
+    robust: list[float]
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CardRecord:
+    """An evaluation that can be doubted point by point.
+
+    Attributes:
+      subject: what was evaluated; subject_digest: of its weights, or of its logits on the clean images.
+      images_digest: of images, labels and ids.
+      mode: "default", or "faithful" to the published attacks' quirks.
+      seed: key data of the random key, in hexadecimal.
+      verdict: "trustworthy", "suspect: why" or "invalid: why".
+    """
+
+    subject: str
+    subject_digest: str
+    dataset: str
+    images_digest: str
+    n: int
+    mode: str
+    seed: str
+    precision: str
+    clean: Accuracy
+    rows: list[RowRecord]
+    sweep: Sweep | None
+    checks: list[Check]
+    verdict: str
+    provenance: Provenance
+
+
 def provenance() -> Provenance:
     """This moment, this machine, these versions."""
     devices = jax.devices()
@@ -232,9 +316,11 @@ def read_json(path: Path, kind: type[R]) -> R:
         raise ValueError(f"{path}: expected a {kind.__name__}; {error}.") from error
 
 
-def _revive(kind: Any, fields: Any) -> Any:
-    made = {}
-    for field in dataclasses.fields(kind):
-        value = fields[field.name]
-        made[field.name] = _revive(field.type, value) if dataclasses.is_dataclass(field.type) else value
-    return kind(**made)
+def _revive(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return kind(**{f.name: _revive(f.type, value[f.name]) for f in dataclasses.fields(kind)})  # type: ignore[operator]
+    if typing.get_origin(kind) is list:
+        return [_revive(typing.get_args(kind)[0], item) for item in value]
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _revive(typing.get_args(kind)[0], value)
+    return value

@@ -1,20 +1,15 @@
 """What a run found, for a person: a table on the terminal and one self-contained page with its plots."""
 
-import base64
 import dataclasses
-import html
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rst_jax.card_page import card_figures
 from rst_jax.metrics import read_lines
+from rst_jax.page import CYCLE, INK, NATURAL, ROBUST, figure_of, pairs, render, svg
 from rst_jax.records import Accuracy, R2SRecord, TicketRecord, TransferRecord, read_arrays, read_json, write_text
-
-_INK, _MUTED = "#1b2530", "#5c6b7a"
-_ROBUST, _NATURAL = "#b3403a", "#2f6690"
-_CYCLE = ("#2f6690", "#b3403a", "#4f8a5b", "#c28a2c", "#6f5a9c", "#3a9aa3", "#8c6d5a", "#5c6b7a")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +21,7 @@ class Results:
     r2s: R2SRecord | None
     metrics: list[dict[str, Any]]
     gallery: dict[str, np.ndarray] | None
+    cards: dict[str, Path] = dataclasses.field(default_factory=dict)
 
 
 def read_results(workdir: Path, names: list[str]) -> Results:
@@ -45,6 +41,7 @@ def read_results(workdir: Path, names: list[str]) -> Results:
         read_json(r2s, R2SRecord) if r2s.exists() else None,
         read_lines(workdir / "metrics.jsonl"),
         read_arrays(gallery) if gallery.exists() else None,
+        {t.name: path for t in tickets if (path := folder / "cards" / t.name / "card.json").exists()},
     )
 
 
@@ -129,14 +126,8 @@ def write_report(workdir: Path, results: Results) -> Path:
             "Above: clean test images and what the ticket says. Below: the same under attack; red where it is wrong.",
         ),
     ]
-    header, rows = _rows(results)
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    heads = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    sections = "".join(
-        f"<figure><h2>{html.escape(title)}</h2>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for title, picture, caption in figures
-        if picture
-    )
+    for path in results.cards.values():
+        figures += card_figures(path.parent)
     t = results.tickets[0]
     p = t.provenance
     made = (
@@ -146,70 +137,11 @@ def write_report(workdir: Path, results: Results) -> Path:
         + ", ".join(f"{r.name} {r.digest[:12]}" for r in results.tickets)
         + "."
     )
-    notes = "".join(f"<p>{html.escape(s)}</p>" for s in _sentences(results))
-    page = _PAGE.format(
-        title=html.escape(f"Robust scratch tickets: {t.dataset}, {t.model}"),
-        heads=heads,
-        cells=cells,
-        notes=notes,
-        sections=sections,
-        made=html.escape(made),
-    )
+    title = f"Robust scratch tickets: {t.dataset}, {t.model}"
+    page = render(title, *_rows(results), _sentences(results), figures, made)
     path = workdir / "report" / "index.html"
     write_text(path, page)
     return path
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b2530; background: #fbfbf9; max-width: 60rem;
-  margin: 0 auto; padding: 2rem 1rem; }}
-h1 {{ font-size: 1.6rem; margin: 0 0 1rem; }} h2 {{ font-size: 1.1rem; margin: 0 0 .5rem; }}
-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .35rem .6rem; border-bottom: 1px solid #dde2e6; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }} th {{ color: #5c6b7a; font-weight: 600; }}
-.table {{ overflow-x: auto; }}
-figure {{ margin: 2rem 0; padding: 1rem; background: #fff; border: 1px solid #e4e8eb; border-radius: 6px; }}
-figure svg, figure img {{ display: block; max-width: 100%; height: auto; margin: 0 auto; }}
-figcaption, footer {{ color: #5c6b7a; font-size: .85rem; }}
-footer {{ overflow-wrap: anywhere; }}
-</style></head><body>
-<h1>{title}</h1>
-<div class="table"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>
-{notes}
-{sections}
-<footer>{made}</footer>
-</body></html>
-"""
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.edgecolor": _MUTED,
-        "axes.labelcolor": _INK,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-    }
-    with rc_context({**style, "axes.spines.top": False, "axes.spines.right": False, "font.family": "DejaVu Sans"}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(1, columns)
-
-
-def _svg(figure: Any) -> str:
-    from matplotlib import rc_context
-
-    text = io.StringIO()
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "rst_jax"}):
-        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-    body = text.getvalue()
-    return body[body.index("<svg") :]
 
 
 def _ratio_plot(results: Results) -> str:
@@ -217,9 +149,9 @@ def _ratio_plot(results: Results) -> str:
     dense = [t for t in results.tickets if t.name == "dense"]
     if not drawn:
         return ""
-    figure, axes = _figure(8, 3.6)
+    figure, axes = figure_of(8, 3.6)
     x = [100 * t.remaining_ratio for t in drawn]
-    series = (("natural", "natural", _NATURAL), (f"robust ({drawn[0].attack.name})", "robust", _ROBUST))  # fmt: skip
+    series = (("natural", "natural", NATURAL), (f"robust ({drawn[0].attack.name})", "robust", ROBUST))  # fmt: skip
     for label, field, colour in series:
         points: list[Accuracy] = [getattr(t, field) for t in drawn]
         y = np.array([100 * a.value for a in points])
@@ -236,14 +168,14 @@ def _ratio_plot(results: Results) -> str:
     axes.set_ylabel("test accuracy (%)")
     axes.grid(axis="y", color="#e4e8eb")
     axes.legend(frameon=False, ncols=2, loc="lower right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _transfer_plot(results: Results) -> str:
     t = results.transfer
     if t is None or len(t.names) < 2:
         return ""
-    figure, axes = _figure(6, 4.6)
+    figure, axes = figure_of(6, 4.6)
     values = 100 * np.array(t.robust)
     image = axes.imshow(values, cmap="Blues")
     labels = [f"{100 * r:g} %" for r in t.ratios]
@@ -253,21 +185,21 @@ def _transfer_plot(results: Results) -> str:
     axes.set_ylabel("attack on the ticket of ratio")
     middle = (values.min() + values.max()) / 2
     for (i, j), value in np.ndenumerate(values):
-        axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value > middle else _INK)
+        axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value > middle else INK)
     figure.colorbar(image, ax=axes, label="robust accuracy (%)")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _r2s_plot(results: Results) -> str:
     r = results.r2s
     if r is None or len(r.names) < 2:
         return ""
-    figure, axes = _figure(8, 2.2)
+    figure, axes = figure_of(8, 2.2)
     bars = [
-        (f"best single ticket ({r.best_single_name}), attacked", r.best_single, _ROBUST),
-        ("R2S, worst of the attacks on its tickets", r.worst_of_pool, _CYCLE[2]),
-        ("R2S, transfer only (paper)", r.transfer_only, _CYCLE[5]),
-        ("R2S, natural", r.natural, _NATURAL),
+        (f"best single ticket ({r.best_single_name}), attacked", r.best_single, ROBUST),
+        ("R2S, worst of the attacks on its tickets", r.worst_of_pool, CYCLE[2]),
+        ("R2S, transfer only (paper)", r.transfer_only, CYCLE[5]),
+        ("R2S, natural", r.natural, NATURAL),
     ]
     for place, (_, value, colour) in enumerate(bars):
         axes.barh(place, 100 * value, color=colour, height=0.65)
@@ -275,7 +207,7 @@ def _r2s_plot(results: Results) -> str:
     axes.set_yticks(range(len(bars)), [label for label, _, _ in bars])
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy (%)")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _curves_plot(results: Results) -> str:
@@ -283,10 +215,10 @@ def _curves_plot(results: Results) -> str:
     if not results.metrics:
         return ""
     chosen = "held-out" if results.tickets[0].selected_on == "holdout" else "test"
-    figure, (left, right) = _figure(9, 3.4, 2)
+    figure, (left, right) = figure_of(9, 3.4, 2)
     for i, name in enumerate(names):
         rows = [row for row in results.metrics if row["run"] == name]
-        colour, style = _CYCLE[i % len(_CYCLE)], "--" if name == "dense" else "-"
+        colour, style = CYCLE[i % len(CYCLE)], "--" if name == "dense" else "-"
         train = [(row["step"], 100 * row["adversarial_accuracy"]) for row in rows if "adversarial_accuracy" in row]
         held = [(row["step"], 100 * row["natural"], 100 * row["robust"]) for row in rows if "robust" in row]
         if train:
@@ -300,30 +232,16 @@ def _curves_plot(results: Results) -> str:
         axes.set_ylabel(label)
         axes.grid(axis="y", color="#e4e8eb")
     left.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _gallery_plot(results: Results) -> str:
     g = results.gallery
     if g is None:
         return ""
-    from matplotlib.figure import Figure
-
-    n = len(g["labels"])
-    figure = Figure(figsize=(1.1 * n, 2.9), layout="constrained")
-    grid = figure.subplots(2, n, squeeze=False)
-    for column in range(n):
-        for row, kind in enumerate(("clean", "adversarial")):
-            axes, image = grid[row, column], g[kind][column]
-            axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray_r", vmin=0, vmax=1)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            said = int(g[f"{kind}_prediction"][column])
-            wrong = said != int(g["labels"][column])
-            axes.set_title(f"{g['names'][said]}", fontsize=10, color=_ROBUST if wrong else _INK)
-            for spine in axes.spines.values():
-                spine.set_color(_ROBUST if wrong else "#dde2e6")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    data = base64.b64encode(picture.getvalue()).decode()
-    return f'<img alt="clean and adversarial images" src="data:image/png;base64,{data}">'
+    said, wrong = [], []
+    for kind in ("clean", "adversarial"):
+        prediction = g[f"{kind}_prediction"]
+        said.append([str(g["names"][k]) for k in prediction])
+        wrong.append((prediction != g["labels"]).tolist())
+    return pairs(g["clean"], g["adversarial"], said, wrong)

@@ -15,7 +15,7 @@ import numpy as np
 from rst_jax import subnet
 from rst_jax.config import Config
 from rst_jax.data import load_dataset
-from rst_jax.evaluate import Evaluator
+from rst_jax.evaluator import Evaluator
 from rst_jax.loop import Trainer, batch_sizes
 from rst_jax.mesh import AXIS, from_main, is_main, make_mesh, on_cpu
 from rst_jax.metrics import MetricsWriter, Say
@@ -173,10 +173,11 @@ def _claim(workdir: Path, run: Run, held: contextlib.ExitStack) -> None:
     if record.exists():
         try:
             before = json.loads(record.read_text())
+            old = _dotted(before["config"])
             changed = [
-                f"{name} was {before['config'].get(name)!r}, now {value!r}"
-                for name, value in now["config"].items()
-                if before["config"].get(name) != value and not _may_change(name, run.config)
+                f"{name} was {old.get(name)!r}, now {value!r}"
+                for name, value in _dotted(now["config"]).items()
+                if old.get(name) != value and not _may_change(name, run.config)
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{record}: cannot be read ({error}); take a new --workdir.") from error
@@ -188,8 +189,16 @@ def _claim(workdir: Path, run: Run, held: contextlib.ExitStack) -> None:
         write_json(record, {**now, "provenance": vars(provenance())})
 
 
+def _dotted(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration, those of sections by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
 def _may_change(field: str, config: Config) -> bool:
     """What may differ when a workdir is used again, since it changes no finished ticket."""
     free = {"task", "data_dir", "data_path", "unroll", "steps_per_dispatch", "compilation_cache"}
-    free |= {"checkpoint_every_epochs", "log_every_steps", "remat"}
+    free |= {"checkpoint_every_epochs", "log_every_steps", "remat", "evaluate.card"}
     return field in free or (field == "remaining_ratios" and not config.scale_fan)

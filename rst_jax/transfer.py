@@ -8,7 +8,7 @@ import numpy as np
 
 from rst_jax import preemption
 from rst_jax.data import Dataset
-from rst_jax.evaluate import Evaluator
+from rst_jax.evaluator import Evaluator
 from rst_jax.mesh import fetch, from_main, is_main, replicate
 from rst_jax.records import TransferRecord, provenance, read_arrays, write_arrays
 from rst_jax.ticket import Ticket

@@ -16,7 +16,7 @@ from configs import digits
 from rst_jax import config as config_lib
 from rst_jax.data import EncodedImages, load_dataset, prefetched, sources
 from rst_jax.data.stream import _random_box, centre_crop, random_resized_crop
-from rst_jax.evaluate import Evaluator
+from rst_jax.evaluator import Evaluator
 from rst_jax.mesh import make_mesh
 from rst_jax.models.resnet import ResNet
 from rst_jax.state import init_variables

@@ -101,12 +101,13 @@ class APGD:
             draw = jax.random.normal if p.threat.norm == "l2" else _uniform
             noise = jax.vmap(lambda key: draw(key, p.images.shape[1:], p.images.dtype))(p.keys)
         x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(noise))
-        scale = jnp.ones(p.labels.shape, p.images.dtype)
+        found, scale = Found.nothing(p), jnp.ones(p.labels.shape, p.images.dtype)
         if self.loss == "ce" and not self.faithful:
-            scale = jnp.maximum(margin(p.logits_fn(p.images), p.labels) / _KNEE, scale)
+            clean = p.logits_fn(p.images)
+            found, scale = found.seen(p, p.images, clean), jnp.maximum(margin(clean, p.labels) / _KNEE, scale)
         losses, logits, gradient = ascent(p, x, lambda z: self._losses(p, z, scale))
         return APGDState(
-            found=Found.nothing(p).seen(p, x, logits, gradient),
+            found=found.seen(p, x, logits, gradient),
             x=x,
             previous=x,
             gradient=gradient,

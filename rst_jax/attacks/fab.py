@@ -59,7 +59,8 @@ class FAB:
 
     def start(self, p: Problem) -> FABState:
         """Begin at the clean image."""
-        return FABState(Found.nothing(p), p.images, jnp.full(p.labels.shape, jnp.inf, p.images.dtype))
+        found = Found.nothing(p).seen(p, p.images, p.logits_fn(p.images))
+        return FABState(found, p.images, jnp.where(found.broken, 0, jnp.inf).astype(p.images.dtype))
 
     def step(self, p: Problem, s: FABState, i: jax.Array) -> FABState:
         """Linearise, project, mix, look, step back."""
@@ -74,8 +75,9 @@ class FAB:
         distance = p.threat.distance(x, p.images)
         closer = adversarial & (distance < s.closest)
         found = s.found.judged(p, x, logits, closer & (distance <= p.threat.eps), gradient)
+        others = 0 if self.targeted else logits.shape[-1] - 1
         return FABState(
-            found._replace(queries=found.queries + 1),
+            found._replace(queries=found.queries + 1, gradients=found.gradients + others),
             jnp.where(per_example(adversarial, x), p.images + self.beta * (x - p.images), x),
             jnp.where(closer, distance, s.closest),
         )
@@ -85,10 +87,11 @@ class FAB:
         if self.targeted:
             difference, _, gradient = ascent(p, x, lambda z: at(z, p.targets) - at(z, p.labels))
             return difference, gradient
-        logits, pull_back = jax.vjp(lambda x: p.logits_fn(x) - at(p.logits_fn(x), p.labels)[:, None], x)
+        logits, pull_back = jax.vjp(p.logits_fn, x)
         classes = logits.shape[-1]
-        units = jnp.eye(classes, dtype=logits.dtype)
-        gradients = lax.map(lambda unit: pull_back(jnp.broadcast_to(unit, logits.shape))[0], units)  # [classes, N, ...]
+        units, mine = jnp.eye(classes, dtype=logits.dtype), jax.nn.one_hot(p.labels, classes, dtype=logits.dtype)
+        gradients = lax.map(lambda unit: pull_back(unit - mine)[0], units)  # [classes, N, ...]
+        logits = logits - at(logits, p.labels)[:, None]
         lengths = jax.vmap(lambda g: _dual_length(p.threat, g))(gradients).T
         own = jax.nn.one_hot(p.labels, classes, dtype=bool)
         nearest = jnp.argmin(jnp.where(own, jnp.inf, jnp.abs(logits) / (lengths + 1e-12)), axis=-1)
@@ -127,7 +130,7 @@ def to_hyperplane(threat: ThreatModel, x: jax.Array, normal: jax.Array, offset: 
         missing = wanted - jnp.sum(weight * moves(length), axis=axes)
         after = jnp.where(slope > 0, length + missing / jnp.where(slope > 0, slope, 1), jnp.inf)
         settled = settled | (slope == slope_before)  # the same pixels are free: the last step was exact
-        return jnp.where(settled, length, after), slope, settled | (slope <= 0), count + 1
+        return jnp.where(settled, length, after), slope, settled | ~(slope > 0), count + 1
 
     n = jnp.zeros_like(wanted)
     start = (n, n - 1, jnp.zeros(n.shape, bool), jnp.int32(0))

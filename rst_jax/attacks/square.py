@@ -206,7 +206,7 @@ def _placed(canvas: jax.Array, corner: jax.Array, upright: jax.Array) -> jax.Arr
     h, w = canvas.shape[1] // 2, canvas.shape[2] // 2
 
     def one(corner: jax.Array, upright: jax.Array) -> jax.Array:
-        lies = jnp.where(upright, 0, 1)
+        lies = jnp.where(upright, 0, 1).astype(corner.dtype)
         return jax.lax.dynamic_slice(canvas, (lies, h - corner[0], w - corner[1]), (1, h, w))[0]
 
     return jax.vmap(one)(corner, upright)

@@ -79,14 +79,7 @@ def load_dataset(config: Config) -> Dataset:
     Raises:
       ValueError: missing or malformed data; the message says what to do.
     """
-    levels = 255
-    names: tuple[str, ...] = ()
-    if config.dataset == "digits":
-        train, test, levels = *_digits(), 16
-    elif config.dataset == "npz":
-        train, test = _npz(Path(config.data_path).expanduser())
-    else:
-        train, test, names = _tfds(config.dataset, Path(config.data_dir).expanduser())
+    train, test, names, levels = _splits(config.dataset, config.data_dir, config.data_path)
     if config.holdout >= len(train):
         raise ValueError(
             f"config: holdout must be smaller than the {len(train)} training images; got {config.holdout}."
@@ -104,6 +97,26 @@ def load_dataset(config: Config) -> Dataset:
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     names = names or tuple(str(i) for i in range(classes))
     return Dataset(config.dataset, rest, held_out, test, len(names), levels, mean, std, names)
+
+
+def load_test(name: str, data_dir: str, data_path: str, examples: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Test images float32 [n, H, W, C] in [0, 1], labels and ids int32 [n]; only the first `examples`, or all for 0.
+
+    Raises:
+      ValueError: missing or malformed data; the message says what to do.
+    """
+    _, test, _, levels = _splits(name, data_dir, data_path)
+    test = test.take(np.arange(min(examples or len(test), len(test))))
+    return test.images[:].astype(np.float32) / np.float32(levels), test.labels, test.ids
+
+
+def _splits(name: str, data_dir: str, data_path: str) -> tuple[Split, Split, tuple[str, ...], int]:
+    """Training and test images, the classes' names if they are known, and the integer that means 1.0."""
+    if name == "digits":
+        return *_digits(), (), 16
+    if name == "npz":
+        return *_npz(Path(data_path).expanduser()), (), 255
+    return *_tfds(name, Path(data_dir).expanduser()), 255
 
 
 def _content(split: Split) -> tuple[np.ndarray, ...]:

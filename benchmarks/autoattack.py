@@ -1,0 +1,258 @@
+"""AutoAttack here and in the authors' package, on the same network, images and cores, in one run.
+
+    pip install ".[compare]"
+    python benchmarks/autoattack.py digits
+    python benchmarks/autoattack.py cifar10 --data FILE.npz  # x_train, y_train, x_test, y_test: uint8 NHWC, integers
+
+Trains a small network adversarially (kept in the folder --kept for the next time), gives the same weights to both, and
+prints robust accuracies, how many flags agree, seconds and their ratio, split over the attacks. Seconds of both are
+from images to flags; ours include compilation, and are measured without a persistent cache.
+"""
+
+import argparse
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rst_jax.attacks import autoattack
+from rst_jax.driver import Classifier, Driver, Examples, Row
+from rst_jax.mesh import make_mesh
+from rst_jax.models.resnet import ResNet
+from rst_jax.records import provenance, read_arrays, write_arrays, write_json
+from rst_jax.state import TicketState, init_variables
+from rst_jax.step import Settings, make_update
+from rst_jax.threat import ThreatModel
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "digits": {"blocks": (1,), "widths": (16,), "stem_stride": 2, "mean": (0.3,), "std": (0.37,)},
+    "cifar10": {
+        "blocks": (1, 1),
+        "widths": (16, 32),
+        "stem_stride": 2,
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2471, 0.2435, 0.2616),
+    },
+}
+EPS = {"digits": 0.12, "cifar10": 8 / 255}
+EPOCHS = {"digits": 60, "cifar10": 12}
+N = 1000
+
+
+def data(name: str, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Training images and labels, and the 1,000 to attack; images float32 in [0, 1]."""
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        x, y = (bunch.images / 16).astype(np.float32)[..., None], bunch.target.astype(np.int32)
+        return x[N:], y[N:], x[:N], y[:N]
+    a = read_arrays(Path(path))
+    x, t = (a[k].astype(np.float32) / 255 for k in ("x_train", "x_test"))
+    return x, a["y_train"].astype(np.int32), t[:N], a["y_test"][:N].astype(np.int32)
+
+
+def trained(name: str, model: ResNet, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """The network after adversarial training with PGD-3: {"params", "batch_stats"}."""
+    v = init_variables(model, x.shape[1:], jax.random.key(0), weight_init="kaiming_normal")
+    eps, size = EPS[name], 64 if name == "digits" else 128
+    threat = ThreatModel(eps)
+    steps = EPOCHS[name] * (len(x) // size)
+    optimizer = optax.chain(
+        optax.add_decayed_weights(5e-4), optax.sgd(optax.cosine_decay_schedule(0.1, steps), 0.9, True)
+    )
+    settings = Settings("params", threat, 3, eps / 2, unroll=True)
+    update = jax.jit(make_update(model, optimizer, settings))
+    state = TicketState(jnp.int32(0), v["params"], {}, v["batch_stats"], optimizer.init(v["params"]))
+    rng = np.random.default_rng(0)
+    for epoch in range(EPOCHS[name]):
+        order = rng.permutation(len(x))
+        for k in range(len(x) // size):
+            index = order[k * size : (k + 1) * size]
+            images = x[index]
+            if name == "cifar10":
+                images = np.where(rng.random((size, 1, 1, 1)) < 0.5, images, images[:, :, ::-1])
+            noise = rng.uniform(-eps, eps, images.shape).astype(np.float32)
+            state, metrics = update(state, images, y[index], noise, {})
+        print(f"epoch {epoch + 1}: {float(metrics['correct']) / size:.2f} of the last batch under attack", flush=True)
+    return jax.tree.map(np.asarray, {"params": state.params, "batch_stats": state.batch_stats})
+
+
+def torch_network(name: str, variables: dict[str, Any]) -> Any:
+    """The same network in PyTorch, NCHW in [0, 1], in evaluation mode."""
+    import torch
+    from torch import nn
+
+    spec, params, stats = NETWORKS[name], variables["params"], variables["batch_stats"]
+
+    def conv(kernel: np.ndarray, stride: int) -> nn.Conv2d:
+        size, _, i, o = kernel.shape
+        made = nn.Conv2d(i, o, size, stride, size // 2, bias=False)
+        made.weight.data = torch.tensor(kernel.transpose(3, 2, 0, 1).copy())
+        return made
+
+    def norm(s: dict[str, np.ndarray]) -> nn.BatchNorm2d:
+        made = nn.BatchNorm2d(len(s["mean"]), affine=False)
+        made.running_mean, made.running_var = torch.tensor(s["mean"]), torch.tensor(s["var"])
+        return made
+
+    class Block(nn.Module):
+        def __init__(self, p: Any, s: Any, stride: int):
+            super().__init__()
+            kernels = [p[c]["kernel"] for c in ("conv1", "conv2")]
+            self.main = nn.Sequential(
+                conv(kernels[0], stride), norm(s["bn1"]), nn.ReLU(), conv(kernels[1], 1), norm(s["bn2"])
+            )
+            self.side: nn.Module = nn.Identity()
+            if "shortcut_0" in p:
+                self.side = nn.Sequential(conv(p["shortcut_0"]["kernel"], stride), norm(s["shortcut_1"]))
+
+        def forward(self, x: Any) -> Any:
+            return torch.relu(self.main(x) + self.side(x))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = torch.tensor(spec["mean"]).view(1, -1, 1, 1)
+            self.std = torch.tensor(spec["std"]).view(1, -1, 1, 1)
+            self.stem = nn.Sequential(
+                conv(params["conv1"]["kernel"], spec["stem_stride"]), norm(stats["bn1"]), nn.ReLU()
+            )
+            blocks = []
+            for stage, count in enumerate(spec["blocks"], 1):
+                for i in range(count):
+                    place = f"layer{stage}_{i}"
+                    blocks.append(Block(params[place], stats[place], 2 if i == 0 and stage > 1 else 1))
+            self.blocks = nn.Sequential(*blocks)
+            features, classes = params["fc"]["kernel"].shape
+            self.head = nn.Linear(features, classes, bias=False)
+            self.head.weight.data = torch.tensor(params["fc"]["kernel"].T.copy())
+
+        def forward(self, x: Any) -> Any:
+            return self.head(self.blocks(self.stem((x - self.mean) / self.std)).mean((2, 3)))
+
+    return Net().eval().requires_grad_(False)
+
+
+def ours(
+    model: ResNet, variables: dict[str, Any], x: np.ndarray, y: np.ndarray, eps: float, faithful: bool, norm: Any
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Which examples stand, and the seconds and compilations it took."""
+    classifier = Classifier(partial(model.apply, train=False), variables)  # type: ignore[arg-type]
+    start = time.perf_counter()
+    driver = Driver(make_mesh(), 250, np.zeros(2, np.uint32))
+    examples = Examples(x, y, np.arange(len(x), dtype=np.int32), driver.logits(classifier, x))
+    evidence = driver.run(Row("AutoAttack", autoattack(faithful), ThreatModel(eps, norm)), classifier, examples)
+    total = time.perf_counter() - start
+    standing = evidence.standing
+    counts = {a.name: int((evidence.attack == k).sum()) for k, a in enumerate(autoattack(faithful))}
+    return standing, {
+        "robust": float(standing.mean()),
+        "broken": counts,
+        "unverified": int(evidence.unverified.sum()),
+        "seconds": total,
+        "seconds_of": {k: round(v, 1) for k, v in driver.seconds.items()},
+        "compiled": driver.compiled,
+        "passes": int(evidence.queries.sum() + evidence.gradients.sum()),
+    }
+
+
+def theirs(net: Any, x: np.ndarray, y: np.ndarray, eps: float, norm: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """As `ours`, by the authors' package."""
+    import logging
+
+    import torch
+    from pyautoattack import AutoAttack
+
+    marks: list[tuple[str, float]] = []
+
+    class Marks(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            marks.append((record.getMessage(), time.perf_counter()))
+
+    logger = logging.getLogger("auto-attack")
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(Marks())
+    images, labels = torch.tensor(x.transpose(0, 3, 1, 2).copy()), torch.tensor(y.astype(np.int64))
+    start = time.perf_counter()
+    attack = AutoAttack(net, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, version="standard", seed=0)
+    adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=250)
+    total = time.perf_counter() - start
+    logger.handlers.clear()
+    with torch.no_grad():
+        standing = (net(adversarial).argmax(1) == labels).numpy()
+    seconds = {}
+    for (text, at), (_, after) in zip(marks, [*marks[1:], ("", start + total)], strict=True):
+        if text.startswith("running "):
+            name = text.removeprefix("running ")
+            ends = [t for m, t in marks if m.startswith(f"robust accuracy after {name.upper()}")]
+            seconds[name] = round((ends[0] if ends else after) - at, 1)
+    told = {"robust": float(standing.mean()), "seconds": total, "seconds_of": seconds}
+    return standing, told
+
+
+def main() -> None:
+    """Compare, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(NETWORKS))
+    parser.add_argument("--data", default="", help="the .npz file for cifar10")
+    parser.add_argument("--kept", default="/tmp/rst_jax_autoattack", help="where the trained network is kept")
+    parser.add_argument("--out", default="", help="write the figures here as JSON")
+    parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
+    parser.add_argument("--eps", type=float, default=0.0, help="another radius")
+    parser.add_argument("--examples", type=int, default=N)
+    parser.add_argument("--only-ours", action="store_true")
+    o = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    x_train, y_train, x, y = data(o.name, o.data)
+    x, y = x[: o.examples], y[: o.examples]
+    model = ResNet(num_classes=10, **NETWORKS[o.name])
+    kept = Path(o.kept) / f"{o.name}.npz"
+    if not kept.exists():
+        flat = jax.tree_util.tree_leaves_with_path(trained(o.name, model, x_train, y_train))
+        write_arrays(kept, {"/".join(p.key for p in path): leaf for path, leaf in flat})
+    variables: dict[str, Any] = {}
+    for path, leaf in read_arrays(kept).items():
+        *folders, last = path.split("/")
+        here = variables
+        for folder in folders:
+            here = here.setdefault(folder, {})
+        here[last] = leaf
+    eps = o.eps or EPS[o.name]
+    told: dict[str, Any] = {"data": o.name, "n": len(x), "norm": o.norm, "eps": eps, "network": NETWORKS[o.name]}
+    stands: dict[str, np.ndarray] = {}
+    stands["default"], told["default"] = ours(model, variables, x, y, eps, False, o.norm)
+    print(json.dumps(told["default"]), flush=True)
+    if not o.only_ours:
+        import torch
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        net = torch_network(o.name, variables)
+        with torch.no_grad():
+            mine = model.apply(variables, x[:64], train=False)
+            gap = float(np.abs(net(torch.tensor(x[:64].transpose(0, 3, 1, 2).copy())).numpy() - mine).max())
+        told["largest difference of logits"] = gap
+        stands["theirs"], told["theirs"] = theirs(net, x, y, eps, o.norm)
+        print(json.dumps(told["theirs"]), flush=True)
+        stands["faithful"], told["faithful"] = ours(model, variables, x, y, eps, True, o.norm)
+        print(json.dumps(told["faithful"]), flush=True)
+        for name in ("default", "faithful"):
+            told[name]["flags equal"] = float((stands[name] == stands["theirs"]).mean())
+            told[name]["only theirs broke"] = int((stands[name] & ~stands["theirs"]).sum())
+            told[name]["only ours broke"] = int((~stands[name] & stands["theirs"]).sum())
+            told[name]["times as fast as theirs"] = told["theirs"]["seconds"] / told[name]["seconds"]
+    told["provenance"] = vars(provenance())
+    print(json.dumps(told, indent=1))
+    if o.out:
+        write_json(Path(o.out), told)
+
+
+if __name__ == "__main__":
+    main()

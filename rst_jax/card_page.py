@@ -1,0 +1,120 @@
+"""A card for a person: its table, accuracy over eps, over queries and over restarts, and its adversarial images."""
+
+from pathlib import Path
+
+import numpy as np
+
+from rst_jax.card import load_card, row_cells
+from rst_jax.page import CYCLE, ROBUST, figure_of, pairs, render, svg, table
+from rst_jax.records import CardRecord, RowRecord, read_arrays, write_text
+
+_SHOWN = 10
+
+
+def write_card_page(folder: Path) -> Path:
+    """Write index.html beside card.json and return its path."""
+    record = load_card(folder)
+    header, rows = row_cells(record)
+    p = record.provenance
+    libraries = ", ".join(f"{k} {v}" for k, v in p.libraries.items())
+    path = folder / "index.html"
+    made = f"rst_jax {p.version} ({p.revision}) on {p.hardware}, Python {p.python}, {libraries}; {p.created}."
+    write_text(path, render(_title(record), header, rows, _notes(record), _pictures(folder, record), made))
+    return path
+
+
+def card_figures(folder: Path) -> list[tuple[str, str, str]]:
+    """The card as sections of another page: (title, picture, caption)."""
+    record = load_card(folder)
+    first = (_title(record), table(*row_cells(record)), " ".join(_notes(record)))
+    return [first, *_pictures(folder, record)]
+
+
+def _title(record: CardRecord) -> str:
+    return f"Evaluation card: {record.subject} on {record.dataset}"
+
+
+def _notes(record: CardRecord) -> list[str]:
+    failed = [check for check in record.checks if not check.passed]
+    told = [
+        f"Verdict: {record.verdict}.",
+        f"{len(record.checks) - len(failed)} of {len(record.checks)} checks passed. {record.n:,} test images, 95 % "
+        f"intervals; {record.mode} mode, seed {record.seed}, {record.precision}. Every adversarial image counted was "
+        f"run again at another batch size and checked against ball and box. Digests: subject "
+        f"{record.subject_digest[:12]}, images {record.images_digest[:12]}.",
+    ]
+    return told
+
+
+def _pictures(folder: Path, record: CardRecord) -> list[tuple[str, str, str]]:
+    arrays = read_arrays(folder / "examples.npz")
+    return [
+        (
+            "Accuracy over eps and over effort",
+            _curves(record, arrays),
+            "Left: over the radius of the ball, to where every image can be reached (0 is expected there). Middle: "
+            "over the passes spent on an example. Right: over restarts, for attacks that have them.",
+        ),
+        (
+            "Adversarial images",
+            _gallery(folder, record, arrays),
+            "Above: clean test images and their class. Below: what the row that broke most made of them, what that is "
+            "taken for, and the attack.",
+        ),
+    ]
+
+
+def _curves(record: CardRecord, arrays: dict[str, np.ndarray]) -> str:
+    figure, (left, middle, right) = figure_of(10, 3.2, 3)
+    if s := record.sweep:
+        left.plot(s.eps, [100 * r for r in s.robust], color=ROBUST, marker="o", markersize=4)
+        left.set_xscale("symlog", linthresh=max(min((e for e in s.eps if e), default=1e-3), 1e-6))
+        left.set_xlabel(f"eps ({s.norm})")
+    for i, row in enumerate(record.rows):
+        broken = arrays[f"{row.name}/attack"] >= 0
+        share = 100 / len(broken)
+        start = share * (arrays[f"{row.name}/attack"] != -2).sum()
+        passes = np.sort((arrays[f"{row.name}/queries"] + arrays[f"{row.name}/gradients"])[broken])
+        colour = CYCLE[i % len(CYCLE)]
+        middle.step(
+            [1, *passes],
+            [start, *(start - share * np.arange(1, len(passes) + 1))],
+            color=colour,
+            where="post",
+            label=row.name,
+        )
+        rounds = arrays[f"{row.name}/round"][broken]
+        if len(row.attacks) == 1 and (count := _rounds(row)) > 1:
+            left_after = [start - share * (rounds <= r).sum() for r in range(count)]
+            right.plot(range(1, count + 1), left_after, color=colour, marker="o", markersize=3, label=row.name)
+    middle.set_xscale("log")
+    middle.set_xlabel("passes an example")
+    middle.legend(frameon=False, fontsize=7)
+    right.set_xlabel("restarts")
+    if right.has_data():
+        right.legend(frameon=False, fontsize=7)
+    for axes in (left, middle, right):
+        axes.set_ylim(0, 102)
+        axes.grid(axis="y", color="#e4e8eb")
+    left.set_ylabel("robust accuracy (%)")
+    return svg(figure)
+
+
+def _rounds(row: RowRecord) -> int:
+    """How many rounds the only attack of a row has, from its description."""
+    return int(row.attacks[0].split("rounds=")[1].split(",")[0].rstrip(")"))
+
+
+def _gallery(folder: Path, record: CardRecord, arrays: dict[str, np.ndarray]) -> str:
+    path = folder / "gallery.npz"
+    if not path.exists():
+        return ""
+    shown = read_arrays(path)
+    row = next((r for r in record.rows if r.name == str(shown["row"])), None)
+    if row is None or not len(shown["index"]):
+        return ""
+    index, names = shown["index"], list(row.broken)
+    labels = arrays["label"][index]
+    attack, prediction = arrays[f"{row.name}/attack"][index], arrays[f"{row.name}/prediction"][index]
+    said = [[str(k) for k in labels], [f"{k}\n{names[a]}" for k, a in zip(prediction, attack, strict=True)]]
+    return pairs(shown["clean"], shown["adversarial"], said, [[False] * len(index), [True] * len(index)])

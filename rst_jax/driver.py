@@ -1,0 +1,456 @@
+"""Attacks over whole sets of images: one row of a card after the other.
+
+A row is a cascade: each attack meets the examples that the ones before have left standing. Its rounds (restarts,
+targets) are cut into batches, padded to one of a few sizes; each attack is compiled once a size for all rows, radii
+and networks of one shape. Every finished batch is written down, so a kill loses at most one, and since the batches
+follow from what was found before, a resumed row is the row that was never stopped.
+
+What an attack claims is run again by another program at another batch size, in float32 at the highest precision, and
+checked against ball and box in float64. What fails is not counted, and the example goes on to the next attack.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from tqdm import tqdm
+
+from rst_jax import preemption
+from rst_jax.attacks.attack import Attack, Problem, advance
+from rst_jax.mesh import AXIS, fetch, from_main, is_main, on_cpu, replicate, split_rows
+from rst_jax.metrics import progress
+from rst_jax.records import read_arrays, write_arrays
+from rst_jax.threat import ThreatModel
+
+Tree = Any
+_LOOKS = 50  # times a round that the host looks whether all examples are broken
+_TOLERANCE = 1e-6  # of ball and box: the rounding of float32 images
+STANDING, WRONG = -1, -2  # in place of an attack's number
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """What is attacked: `apply(variables, images [N, H, W, C]) -> logits [N, classes]`.
+
+    Attributes:
+      apply: one function for all networks of one shape, so that they share programs.
+      variables: its first argument.
+    """
+
+    apply: Callable[[Tree, jax.Array], jax.Array]
+    variables: Tree = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of a card: attacks in cascade under one threat model.
+
+    Attributes:
+      name: as in tables.
+      attacks: in order.
+      threat: norm, eps, box.
+      examples: only the first so many; 0: all.
+    """
+
+    name: str
+    attacks: tuple[Attack, ...]
+    threat: ThreatModel
+    examples: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What a row is measured on: images float32 [n, H, W, C] in [0, 1], labels and ids int32 [n], clean logits."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    logits: np.ndarray
+
+    def first(self, n: int) -> "Examples":
+        """The first n of them; all for 0."""
+        return Examples(*(field[: n or None] for field in (self.images, self.labels, self.ids, self.logits)))
+
+    @property
+    def right(self) -> np.ndarray:
+        """Which are classified right: bool [n]."""
+        return judged_right(self.logits, self.labels)
+
+
+@dataclasses.dataclass
+class Evidence:
+    """What a row has found, example by example; every array is [n].
+
+    Attributes:
+      attack: number of the attack that broke it; STANDING, or WRONG without any attack.
+      round: of that attack. target: the class it aimed at, or -1.
+      prediction: what the adversarial image is taken for.
+      margin: of the verified adversarial image (of the clean one if there is none).
+      distance: how far it was moved, in the row's norm.
+      closest: the distance of the closest adversarial image that a minimal-norm attack found, whatever eps; else inf.
+      queries, gradients: passes spent on it. flat: gradients that were zero.
+      adversarial: float32 [n, H, W, C], the clean image where there is none.
+      unverified: claims that did not hold, of each attack. not_finite: images or logits that were not.
+    """
+
+    attack: np.ndarray
+    round: np.ndarray
+    target: np.ndarray
+    prediction: np.ndarray
+    margin: np.ndarray
+    distance: np.ndarray
+    closest: np.ndarray
+    queries: np.ndarray
+    gradients: np.ndarray
+    flat: np.ndarray
+    adversarial: np.ndarray
+    unverified: np.ndarray
+    not_finite: np.ndarray
+
+    @classmethod
+    def none(cls, examples: Examples, attacks: int) -> "Evidence":
+        """Before the first attack."""
+        n = len(examples.labels)
+        return cls(
+            attack=np.where(examples.right, STANDING, WRONG).astype(np.int16),
+            round=np.full(n, -1, np.int16),
+            target=np.full(n, -1, np.int32),
+            prediction=np.argmax(examples.logits, -1).astype(np.int32),
+            margin=margins(examples.logits, examples.labels),
+            distance=np.zeros(n, np.float32),
+            closest=np.full(n, np.inf, np.float32),
+            queries=np.zeros(n, np.int32),
+            gradients=np.zeros(n, np.int32),
+            flat=np.zeros(n, np.int32),
+            adversarial=examples.images.copy(),
+            unverified=np.zeros(attacks, np.int32),
+            not_finite=np.zeros(attacks, np.int32),
+        )
+
+    @property
+    def standing(self) -> np.ndarray:
+        """Which examples no attack has broken: bool [n]."""
+        return self.attack == STANDING
+
+
+class Driver:
+    """Runs rows. Programs are compiled when first needed and kept.
+
+    Args:
+      mesh: all devices.
+      batch_size: examples a program takes at most.
+      key: key data uint32 [2]; the randomness of an example follows from its id, the attack and the round.
+
+    Attributes:
+      compiled: how many programs were made, for each attack.
+      seconds: spent in each attack, compilation and verification included.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int, key: np.ndarray):
+        self.mesh, self.key = mesh, np.asarray(key, np.uint32)
+        sizes = {-(-max(batch_size // 4**k, 1) // mesh.size) * mesh.size for k in range(4)}
+        self.sizes = sorted(sizes)
+        self.compiled: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self._programs: dict[Any, Any] = {}
+
+    def logits(self, classifier: Classifier, images: np.ndarray, another: bool = False) -> np.ndarray:
+        """Logits [n, classes] of images [n, H, W, C]; `another`: by the program of another batch size."""
+        size = self.sizes[-1]
+        if another:
+            size = -(-(2 * size // 3) // self.mesh.size) * self.mesh.size + self.mesh.size
+        predict = self._program(("logits", classifier.apply), lambda: classifier.apply, "vr")
+        variables = replicate(classifier.variables, self.mesh)
+        found = []
+        with jax.default_matmul_precision("highest"):
+            for first in range(0, len(images), size):
+                rows = images[first : first + size]
+                found.append(fetch(predict(variables, self._place(rows, size)))[: len(rows)])
+        return np.concatenate(found)
+
+    def run(
+        self,
+        row: Row,
+        classifier: Classifier,
+        examples: Examples,
+        folder: Path | None = None,
+    ) -> Evidence:
+        """Run a row on its examples.
+
+        Args:
+          row: which attacks, which threat model.
+          classifier: what is attacked.
+          examples: the images; only those classified right are attacked.
+          folder: where finished batches and the finished row are kept; what lies there is not done again. The caller
+            answers for its belonging to the same question.
+
+        Raises:
+          Preempted: the process was asked to stop; between two batches it does.
+        """
+        examples = examples.first(row.examples)
+        evidence = Evidence.none(examples, len(row.attacks))
+        whole = folder / "row.npz" if folder else None
+        if kept := _kept(whole, evidence):
+            return Evidence(**kept)
+        order = np.argsort(-examples.logits, axis=-1, kind="stable").astype(np.int32)
+        variables = replicate(classifier.variables, self.mesh)
+        with contextlib.closing(_Bar(row, evidence)) as bar:
+            for number, attack, round_, index, pieces in self._plan(row, order.shape[-1], evidence, folder):
+                done = _kept(pieces, {"index": index})
+                if done is None:
+                    if preemption.asked():
+                        raise preemption.Preempted
+                    target = order[index, round_ + 1] if attack.targeted else np.full(len(index), -1, np.int32)
+                    rows = (examples.images[index], examples.labels[index], target, examples.ids[index])
+                    began = time.monotonic()
+                    done = self._batch(attack, round_, row.threat, classifier, variables, rows)
+                    self.seconds[attack.name] = self.seconds.get(attack.name, 0.0) + time.monotonic() - began
+                    if pieces and is_main():
+                        write_arrays(pieces, {"index": index, **done})
+                _enter(evidence, number, round_, index, done)
+                bar.update(attack, round_, number, index, evidence)
+        if whole and is_main():
+            write_arrays(whole, vars(evidence))
+            shutil.rmtree(whole.parent / "batches", ignore_errors=True)
+        return evidence
+
+    def _plan(
+        self, row: Row, classes: int, evidence: Evidence, folder: Path | None
+    ) -> Iterator[tuple[int, Attack, int, np.ndarray, Path | None]]:
+        """The batches to come, one after the other; which they are follows from what the ones before have found."""
+        for number, attack in enumerate(row.attacks):
+            for round_ in range(min(attack.rounds, classes - 1) if attack.targeted else attack.rounds):
+                pending = np.flatnonzero(evidence.standing)
+                for first in range(0, len(pending), self.sizes[-1]):
+                    name = f"{number}-{round_}-{first // self.sizes[-1]}.npz"
+                    index = pending[first : first + self.sizes[-1]]
+                    yield number, attack, round_, index, folder / "batches" / name if folder else None
+
+    def _batch(
+        self,
+        attack: Attack,
+        round_: int,
+        threat: ThreatModel,
+        classifier: Classifier,
+        variables: Tree,
+        rows: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """One round of an attack on at most a batch of examples, verified."""
+        images, labels, target, ids = rows
+        n, size = len(labels), next(s for s in self.sizes if s >= len(labels))
+        tag = zlib.crc32(attack.name.encode())
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(self.key)), tag), round_)
+        with jax.default_matmul_precision("highest"):
+            placed = [self._place(r, size) for r in (images, labels, target, ids)]
+            fixed = (variables, np.float32(threat.eps), np.asarray(jax.random.key_data(key)), *placed)
+            state = self._walk(attack, threat, classifier, fixed, n)
+            found, extra = state.found, {name: getattr(state, name, None) for name in ("closest", "image")}
+            fields = {**found._asdict(), **{name: value for name, value in extra.items() if value is not None}}
+            got = {name: value[:n] for name, value in fetch(fields).items()}
+        claimed, adversarial = got["broken"], got["adversarial"]
+        logits = np.full((n, 0), np.nan, np.float32)
+        held, finite = np.zeros(n, bool), np.isfinite(adversarial).all(axis=tuple(range(1, adversarial.ndim)))
+        margin, prediction = np.zeros(n, np.float32), np.zeros(n, np.int32)
+        if claimed.any():
+            logits = self.logits(classifier, adversarial[claimed], another=True)
+            finite[claimed] &= np.isfinite(logits).all(-1)
+            right = judged_right(logits, labels[claimed])
+            held[claimed] = ~right & finite[claimed] & within(threat, adversarial[claimed], images[claimed])
+            margin[claimed] = margins(logits, labels[claimed])
+            prediction[claimed] = np.argmax(logits, -1)
+        done = {
+            "held": held,
+            "target": target,
+            "prediction": prediction,
+            "margin": margin,
+            "closest": np.full(n, np.inf, np.float32),
+            "queries": got["queries"],
+            "gradients": got["gradients"],
+            "flat": got["flat"],
+            "adversarial": adversarial[held],
+            "distance": distances(threat, adversarial, images).astype(np.float32),
+            "unverified": np.asarray(int((claimed & ~held).sum()), np.int32),
+            "not_finite": np.asarray(int((~finite).sum()), np.int32),
+        }
+        if "image" in got:
+            near = np.isfinite(got["closest"])
+            if near.any():
+                near[near] = ~judged_right(self.logits(classifier, got["image"][near], another=True), labels[near])
+            done["closest"] = np.where(near, got["closest"], np.inf).astype(np.float32)
+        return done
+
+    def _walk(self, attack: Attack, threat: ThreatModel, classifier: Classifier, fixed: tuple, n: int) -> Any:
+        """The state after a round on placed rows, the first n of which are real; stops when all of these are broken."""
+        box = (threat.norm, threat.lower, threat.upper)
+
+        def problem(variables: Tree, eps: jax.Array, key: jax.Array, x: jax.Array, *rest: jax.Array) -> Problem:
+            labels, targets, ids = rest
+            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.wrap_key_data(key), i))(ids)
+            there = ThreatModel(eps, *box)
+            return Problem(lambda x: classifier.apply(variables, x), there, x, labels, targets, keys)
+
+        def start(*fixed: Any) -> Any:
+            return attack.start(problem(*fixed))
+
+        def step(*arguments: Any) -> Any:
+            *fixed, state, i, _ = arguments
+            return advance(attack, problem(*fixed), state, i)
+
+        def steps(*arguments: Any) -> Any:
+            *fixed, state, first, last = arguments
+            p = problem(*fixed)
+
+            def go(carry: tuple) -> jax.Array:
+                return (carry[0] < last) & ~(attack.rests & jnp.all(carry[1].found.broken))
+
+            def body(carry: tuple) -> tuple:
+                return carry[0] + 1, advance(attack, p, carry[1], carry[0])
+
+            return lax.while_loop(go, body, (first, state))[1]
+
+        one_by_one = on_cpu(self.mesh)  # convolutions inside a loop run on one core there
+        name = ("attack", attack, classifier.apply, *box)
+        begin = self._program((*name, "start"), lambda: start, "vvvrrrr", attack.name)
+        go_on = self._program((*name, "steps"), lambda: step if one_by_one else steps, "vvvrrrrrvv", attack.name, 7)
+        state, look = begin(*fixed), max(attack.steps // _LOOKS, 1)
+        for first in range(0, attack.steps, look):
+            if attack.rests and fetch(state.found.broken)[:n].all():
+                break
+            last = min(first + look, attack.steps)
+            for i in range(first, last, 1 if one_by_one else look):
+                state = go_on(*fixed, state, np.int32(i), np.int32(last))
+        return state
+
+    def _program(
+        self, name: Any, make: Callable[[], Callable], kinds: str, attack: str = "logits", donated: int | None = None
+    ) -> Callable:
+        """A compiled function over the mesh, kept under its name; kinds: r(ows) or v(alues that all devices hold)."""
+        if name not in self._programs:
+            specs = tuple(PartitionSpec(AXIS) if kind == "r" else PartitionSpec() for kind in kinds)
+            inner = make()
+
+            def counted(*arguments: Any) -> Any:  # runs once a compilation
+                self.compiled[attack] = self.compiled.get(attack, 0) + 1
+                return inner(*arguments)
+
+            mapped = jax.shard_map(
+                counted, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False
+            )
+            self._programs[name] = jax.jit(mapped, donate_argnums=() if donated is None else donated)
+        return self._programs[name]
+
+    def _place(self, rows: np.ndarray, size: int) -> jax.Array:
+        """Rows on the devices, padded with the last one to `size`."""
+        padding = np.repeat(rows[-1:], size - len(rows), axis=0)
+        return split_rows(np.concatenate([rows, padding]), self.mesh)
+
+
+class _Bar:
+    """Passes done and to come, and how many examples are broken."""
+
+    def __init__(self, row: Row, evidence: Evidence):
+        self.row, self.bar = row, progress(1, 0, row.name, "pass")
+        self._show(evidence, 0, 0, 0)
+
+    def _show(self, evidence: Evidence, number: int, round_: int, left: int) -> None:
+        bar: tqdm = self.bar
+        standing = int(evidence.standing.sum())
+        now = self.row.attacks[number]
+        work = [a.steps * a.rounds * standing for a in self.row.attacks[number + 1 :]]
+        bar.total = bar.n + sum(work) + now.steps * ((now.rounds - round_ - 1) * standing + left)
+        bar.set_postfix_str(f"{now.name}, {int((evidence.attack >= 0).sum())} broken, {standing} stand")
+
+    def update(self, attack: Attack, round_: int, number: int, index: np.ndarray, evidence: Evidence) -> None:
+        """After a batch."""
+        left = int((evidence.standing & (np.arange(len(evidence.standing)) > index[-1])).sum())
+        self._show(evidence, number, round_, left)
+        self.bar.update(attack.steps * len(index))
+
+    def close(self) -> None:
+        """Take it away."""
+        self.bar.close()
+
+
+def _enter(evidence: Evidence, number: int, round_: int, index: np.ndarray, done: dict[str, np.ndarray]) -> None:
+    """Write a batch's findings into a row's."""
+    for name in ("queries", "gradients", "flat"):
+        getattr(evidence, name)[index] += done[name]
+    held = done["held"]
+    broken = index[held]
+    for name in ("target", "prediction", "margin", "distance"):
+        getattr(evidence, name)[broken] = done[name][held]
+    evidence.attack[broken], evidence.round[broken] = number, round_
+    evidence.adversarial[broken] = done["adversarial"]
+    evidence.closest[index] = np.minimum(evidence.closest[index], done["closest"])
+    evidence.unverified[number] += done["unverified"]
+    evidence.not_finite[number] += done["not_finite"]
+
+
+def _kept(path: Path | None, like: Any) -> dict[str, np.ndarray] | None:
+    """The arrays that a process has kept, seen alike by all; None where there are none or they do not fit."""
+    found = None
+    wanted = like if isinstance(like, dict) else {"attack": None}
+    if path and is_main():
+        with contextlib.suppress(ValueError):
+            found = read_arrays(path)
+            if any(
+                name not in found or (w is not None and not np.array_equal(found[name], w))
+                for name, w in wanted.items()
+            ):
+                found = None
+    if jax.process_count() == 1:
+        return found
+    return _shared(found)
+
+
+def _shared(found: dict[str, np.ndarray] | None) -> dict[str, np.ndarray] | None:
+    """A dict of arrays that the first process holds, on all of them."""
+    import io
+
+    buffer = io.BytesIO()
+    if found is not None:
+        np.savez(buffer, **found)  # type: ignore[arg-type]
+    raw = np.frombuffer(buffer.getvalue(), np.uint8)
+    size = int(from_main(np.asarray(len(raw), np.int64)))
+    if not size:
+        return None
+    raw = from_main(raw if is_main() else np.zeros(size, np.uint8))
+    with np.load(io.BytesIO(raw.tobytes())) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def judged_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Which logits [n, classes] name the label: bool [n]; logits that are not finite name none."""
+    return (np.argmax(logits, -1) == labels) & np.isfinite(logits).all(-1)
+
+
+def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """As `losses.margin`, on the host: float32 [n]."""
+    rows = np.arange(len(labels))
+    others = logits.astype(np.float32)
+    mine = others[rows, labels]
+    others[rows, labels] = -np.inf
+    return mine - others.max(-1)
+
+
+def distances(threat: ThreatModel, adversarial: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """How far images were moved, in the threat model's norm: float64 [n]."""
+    delta = (adversarial.astype(np.float64) - images.astype(np.float64)).reshape(len(images), -1)
+    return np.abs(delta).max(-1, initial=0) if threat.norm == "linf" else np.linalg.norm(delta, axis=-1)
+
+
+def within(threat: ThreatModel, adversarial: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Which adversarial images lie in ball and box, computed in float64: bool [n]."""
+    axes = tuple(range(1, images.ndim))
+    inside = (adversarial >= threat.lower - _TOLERANCE) & (adversarial <= threat.upper + _TOLERANCE)
+    return inside.all(axis=axes) & (distances(threat, adversarial, images) <= float(threat.eps) + _TOLERANCE)
