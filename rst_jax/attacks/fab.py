@@ -75,9 +75,13 @@ class FAB:
         distance = p.threat.distance(x, p.images)
         closer = adversarial & (distance < s.closest)
         found = s.found.judged(p, x, logits, closer & (distance <= p.threat.eps), gradient)
-        others = 0 if self.targeted else logits.shape[-1] - 1
+        others = 0 if self.targeted else logits.shape[-1] - 1  # backward passes besides the one that `judged` counts
         return FABState(
-            found._replace(queries=found.queries + 1, gradients=found.gradients + others),
+            found._replace(
+                queries=found.queries + 1,
+                gradients=found.gradients + others,
+                flat=found.flat + others * (found.flat - s.found.flat),
+            ),
             jnp.where(per_example(adversarial, x), p.images + self.beta * (x - p.images), x),
             jnp.where(closer, distance, s.closest),
         )

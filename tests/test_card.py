@@ -1,0 +1,257 @@
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rst_jax
+from rst_jax.card import ATTACKS, FULL
+from rst_jax.card_page import write_card_page
+from rst_jax.records import CardRecord, read_arrays, read_json
+from rst_jax.threat import ThreatModel
+from tests.drawing import IMAGES as TICKET_IMAGES
+from tests.drawing import draw
+
+N = 24
+RNG = np.random.default_rng(0)
+IMAGES = RNG.uniform(0.1, 0.9, (N, 5, 5, 1)).astype(np.float32)
+HIDDEN, HEAD = RNG.normal(size=(25, 12)).astype(np.float32), RNG.normal(size=(12, 5)).astype(np.float32)
+EPS = ThreatModel(0.025)
+
+
+def network(x):
+    return jnp.tanh((x.reshape(x.shape[0], -1) - 0.5) @ HIDDEN) @ HEAD
+
+
+def outside(x):
+    """The same in NumPy, which JAX cannot trace."""
+    x = np.asarray(x)
+    return np.tanh((x.reshape(len(x), -1) - 0.5) @ HIDDEN) @ HEAD
+
+
+LABELS = np.argmax(outside(IMAGES), -1)
+
+
+def evaluate(logits_fn=network, attacks=("pgd-20",), images=IMAGES, labels=LABELS, threat=EPS, **options):
+    return rst_jax.evaluate(logits_fn, images, labels, threat, attacks, batch_size=N, **options)
+
+
+def plain(record):
+    """A record without when and where it was made."""
+    return dataclasses.asdict(dataclasses.replace(record, provenance=None))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card") / "here"
+    return evaluate(attacks=("autoattack", "pgd-100x10"), folder=folder, keep_images=True), folder
+
+
+def test_a_card_comes_back_from_its_file(made):
+    card, folder = made
+    assert read_json(folder / "card.json", CardRecord) == card.record
+    assert rst_jax.load_card(folder) == card.record
+    assert rst_jax.load_card(folder / "card.json") == card.record
+    plain_json = json.loads((folder / "card.json").read_text())
+    assert plain_json["rows"][0]["robust"]["n"] == N
+    assert 0 <= plain_json["rows"][0]["robust"]["low"] <= plain_json["rows"][0]["robust"]["value"]
+
+
+def test_the_evidence_says_of_every_example_what_the_record_sums_up(made):
+    card, folder = made
+    arrays = read_arrays(folder / "examples.npz")
+    row = card.record.rows[0]
+    attack = arrays["AutoAttack/attack"]
+    assert [int((attack == k).sum()) for k in range(4)] == list(row.broken.values())
+    assert row.robust.value == np.mean(attack == -1)
+    assert row.queries == arrays["AutoAttack/queries"].sum()
+    images = read_arrays(folder / "adversarials.npz")
+    adversarial = images["AutoAttack/linf"]
+    hit = attack >= 0
+    assert 3 <= hit.sum() <= N - 3
+    np.testing.assert_array_equal(np.argmax(outside(adversarial), -1)[hit], arrays["AutoAttack/prediction"][hit])
+    assert np.abs(adversarial - IMAGES).max() <= 0.025 + 1e-6
+    np.testing.assert_allclose(
+        np.abs(adversarial - IMAGES).max(axis=(1, 2, 3))[hit], arrays["AutoAttack/distance"][hit], atol=1e-6
+    )
+    targeted = hit & np.isin(attack, [1, 2])
+    assert (arrays["AutoAttack/target"][targeted] >= 0).all()
+
+
+def test_the_table_names_what_a_reader_needs(made):
+    told = str(made[0])
+    for word in ("AutoAttack", "linf 0.025", "PGD-100x10", "noise", "clean", "95 %", "highest matmul", "verdict: "):
+        assert word in told
+    assert made[0].record.subject_digest[:12] in told
+
+
+def test_the_page_shows_curves_and_images_and_nothing_foreign(made):
+    _, folder = made
+    page = write_card_page(folder).read_text()
+    assert page.count("<figure>") == 2
+    assert "<svg" in page
+    assert "data:image/png" in page
+    assert not any(link in page for link in ('src="http', 'href="http', "<script"))
+
+
+def test_replayed_images_break_the_network_they_were_made_for_and_others_less(made):
+    card, folder = made
+    own = rst_jax.replay(network, folder)
+    assert own["clean"] == card.record.clean.value
+    assert own["AutoAttack/linf"] == pytest.approx(card.record.rows[0].robust.value)
+    other = rst_jax.replay(lambda x: network(x * 0.9 + 0.05), folder)
+    assert other["AutoAttack/linf"] > own["AutoAttack/linf"]
+
+
+def test_a_second_call_takes_what_is_there(made, monkeypatch):
+    card, folder = made
+    monkeypatch.setattr("rst_jax.driver.Driver._batch", None)
+    again = evaluate(attacks=("autoattack", "pgd-100x10"), folder=folder, keep_images=True)
+    assert plain(again.record) == plain(card.record)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"logits_fn": lambda x: network(x) * 1.01}, "model was"),
+        ({"images": IMAGES * 0.99}, "images was"),
+        ({"threat": ThreatModel(0.06)}, "threat models was"),
+        ({"key": jax.random.key(1)}, "seed was"),
+        ({"attacks": ("autoattack",)}, "attacks was"),
+        ({"faithful": True}, "mode was"),
+    ],
+)
+def test_a_folder_of_another_evaluation_is_refused(made, change, named):
+    _, folder = made
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=f"belongs to another evaluation: .*{named}"):
+        evaluate(**{"attacks": ("autoattack", "pgd-100x10"), "folder": folder, **change})
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_that_holds_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="holds other files and no evaluation"):
+        evaluate(folder=tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        evaluate(folder=tmp_path / "thesis.txt")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"images": (IMAGES * 255).astype(np.uint8)}, "images must be float32 .*uint8.*Divide"),
+        ({"images": IMAGES.astype(np.float64)}, "images must be float32"),
+        ({"images": IMAGES * 255}, r"images must lie in \[0, 1\]; got values from"),
+        ({"images": IMAGES - 0.5}, r"images must lie in \[0, 1\]"),
+        ({"images": np.where(IMAGES > 0.5, np.float32("nan"), IMAGES)}, r"images must lie in \[0, 1\]"),
+        ({"images": IMAGES[..., 0]}, r"images must be \[n, H, W, C\]"),
+        ({"images": IMAGES[:0], "labels": LABELS[:0]}, "at least one"),
+        ({"labels": LABELS[:-1]}, r"labels must be integers \[24\]"),
+        ({"labels": LABELS.astype(np.float32)}, "labels must be integers"),
+        ({"labels": LABELS + 3}, r"labels must lie in \[0, 4\]"),
+        ({"labels": LABELS - 1}, r"labels must lie in \[0, 4\]"),
+        ({"logits_fn": lambda x: network(x) / 0}, "logits must be finite; those of image 0"),
+        ({"logits_fn": lambda x: network(x)[:, 0]}, r"logits \[N, classes\]"),
+        ({"logits_fn": lambda x: jnp.argmax(network(x), -1, keepdims=True)}, r"logits \[N, classes\]"),
+        ({"attacks": ("autoatack",)}, "did you mean 'autoattack'"),
+        ({"logits_fn": outside}, "needs gradients, and JAX cannot trace"),
+    ],
+)
+def test_what_is_not_right_is_refused_in_a_sentence(change, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence) as error:
+        evaluate(**change, folder=tmp_path / "new")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_network_of_another_library_is_attacked_without_gradients():
+    card = evaluate(outside, ("square",), threat=ThreatModel(0.2))
+    assert card.record.rows[0].broken["Square"] > 3
+    assert card.record.verdict == "trustworthy"
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_few_classes_fall_back_and_do_not_crash(classes):
+    def few(x):
+        return network(x)[:, :classes]
+
+    labels = np.argmax(outside(IMAGES)[:, :classes], -1)
+    card = evaluate(few, ("autoattack", "apgd-dlr"), labels=labels)
+    row = card.record.rows[0]
+    assert 0 < row.robust.value < 1
+    assert card.record.verdict == "trustworthy"
+
+
+def test_the_key_moves_random_starts_and_nothing_else():
+    first, again, other = (evaluate(attacks=("fgsm-rs", "fgsm"), key=jax.random.key(k)) for k in (0, 0, 5))
+    for a, b, same in ((first, again, True), (first, other, False)):
+        images = [c.rows[0].adversarial[(c.rows[0].attack >= 0)] for c in (a, b)]
+        assert (images[0].shape == images[1].shape and bool((images[0] == images[1]).all())) == same
+    np.testing.assert_array_equal(first.rows[1].adversarial, other.rows[1].adversarial)
+
+
+def test_every_name_makes_a_row_and_full_has_those_of_a_card():
+    assert set(FULL) <= {*ATTACKS, "autoattack-l2"}
+    for make in ATTACKS.values():
+        assert all(attack.rounds >= 1 for attack in make(False))
+
+
+def test_a_ticket_is_named_by_its_digest():
+    ticket, _ = draw()
+    card = rst_jax.evaluate(ticket, TICKET_IMAGES, np.zeros(5, np.int32), ThreatModel(0.1), "fgsm")
+    assert card.record.subject == "ratio-0.1"
+    assert card.record.subject_digest == ticket.digest
+
+
+_CHILD = """
+import sys
+import numpy as np
+from tests.test_card import evaluate
+evaluate(attacks=("pgd-100x10", "apgd-t"), folder=sys.argv[1], keep_images=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_twenty_times_the_card_is_the_same(tmp_path):
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": os.getcwd()}
+
+    def start(folder):
+        return subprocess.Popen([sys.executable, "-c", _CHILD, str(folder)], env=environment, stderr=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    took = time.monotonic() - began
+    moments, kills = np.random.default_rng(0), 0
+    while kills < 20:
+        process = start(tmp_path / "killed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moments.uniform(0.3, 1.0) * took * 0.7)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        elif kills < 20:  # it came to its end: begin anew
+            assert process.returncode == 0
+            same_files(tmp_path / "whole", tmp_path / "killed")
+            (tmp_path / "killed").rename(tmp_path / f"killed-{kills}-{time.monotonic()}")
+    assert start(tmp_path / "killed").wait() == 0
+    same_files(tmp_path / "whole", tmp_path / "killed")
+
+
+def same_files(whole, killed):
+    records = [plain(rst_jax.load_card(folder)) for folder in (whole, killed)]
+    assert records[0] == records[1]
+    for name in ("examples.npz", "adversarials.npz"):
+        a, b = (read_arrays(folder / name) for folder in (whole, killed))
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
