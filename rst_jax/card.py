@@ -22,7 +22,7 @@ import numpy as np
 
 from rst_jax.attacks import APGD, CWL2, FAB, MIM, PGD, Attack, Bandits, Noise, Square, autoattack
 from rst_jax.checks import check_function, check_row, check_rows, check_sweep, verdict
-from rst_jax.driver import Classifier, Driver, Evidence, Examples, Row, judged_right
+from rst_jax.driver import Classifier, Driver, Evidence, Examples, Row, correct
 from rst_jax.mesh import is_main, make_mesh
 from rst_jax.records import (
     Accuracy,
@@ -277,7 +277,7 @@ def replay(logits_fn: Callable[..., Any], folder: str | Path) -> dict[str, float
     driver = Driver(make_mesh() if traced else make_mesh(jax.devices()[:1]), 250, np.zeros(2, np.uint32))
 
     def right(images: np.ndarray) -> float:
-        return float(judged_right(driver.logits(classifier, images), labels[: len(images)]).mean())
+        return float(correct(driver.logits(classifier, images), labels[: len(images)]).mean())
 
     return {name: right(value) for name, value in arrays.items() if value.ndim == 4}
 

@@ -74,11 +74,12 @@ def _curves(record: CardRecord, arrays: dict[str, np.ndarray]) -> str:
         broken = arrays[f"{row.name}/attack"] >= 0
         share = 100 / len(broken)
         start = share * (arrays[f"{row.name}/attack"] != -2).sum()
-        passes = np.sort((arrays[f"{row.name}/queries"] + arrays[f"{row.name}/gradients"])[broken])
+        spent = arrays[f"{row.name}/queries"] + arrays[f"{row.name}/gradients"]
+        passes = np.sort(spent[broken])
         colour = CYCLE[i % len(CYCLE)]
         middle.step(
-            [1, *passes],
-            [start, *(start - share * np.arange(1, len(passes) + 1))],
+            [1, *passes, spent.max()],
+            [start, *(start - share * np.arange(1, len(passes) + 1)), start - share * len(passes)],
             color=colour,
             where="post",
             label=row.name,

@@ -33,7 +33,7 @@ from rst_jax.records import read_arrays, write_arrays
 from rst_jax.threat import ThreatModel
 
 Tree = Any
-_LOOKS = 50  # times a round that the host looks whether all examples are broken
+_LOOKS = 10  # times a round that the host looks whether all examples are broken
 _TOLERANCE = 1e-6  # of ball and box: the rounding of float32 images
 STANDING, WRONG = -1, -2  # in place of an attack's number
 
@@ -84,7 +84,7 @@ class Examples:
     @property
     def right(self) -> np.ndarray:
         """Which are classified right: bool [n]."""
-        return judged_right(self.logits, self.labels)
+        return correct(self.logits, self.labels)
 
 
 @dataclasses.dataclass
@@ -158,8 +158,8 @@ class Driver:
 
     def __init__(self, mesh: Mesh, batch_size: int, key: np.ndarray):
         self.mesh, self.key = mesh, np.asarray(key, np.uint32)
-        sizes = {-(-max(batch_size // 4**k, 1) // mesh.size) * mesh.size for k in range(4)}
-        self.sizes = sorted(sizes)
+        parts = (1, 7 / 8, 3 / 4, 1 / 2, 1 / 4, 1 / 16)
+        self.sizes = sorted({-(-max(round(batch_size * part), 1) // mesh.size) * mesh.size for part in parts})
         self.compiled: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self._programs: dict[Any, Any] = {}
@@ -231,9 +231,9 @@ class Driver:
         for number, attack in enumerate(row.attacks):
             for round_ in range(min(attack.rounds, classes - 1) if attack.targeted else attack.rounds):
                 pending = np.flatnonzero(evidence.standing)
-                for first in range(0, len(pending), self.sizes[-1]):
-                    name = f"{number}-{round_}-{first // self.sizes[-1]}.npz"
-                    index = pending[first : first + self.sizes[-1]]
+                count = -(-len(pending) // self.sizes[-1])
+                for place, index in enumerate(np.array_split(pending, count) if count else ()):
+                    name = f"{number}-{round_}-{place}.npz"
                     yield number, attack, round_, index, folder / "batches" / name if folder else None
 
     def _batch(
@@ -252,7 +252,8 @@ class Driver:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(self.key)), tag), round_)
         with jax.default_matmul_precision("highest"):
             placed = [self._place(r, size) for r in (images, labels, target, ids)]
-            fixed = (variables, np.float32(threat.eps), np.asarray(jax.random.key_data(key)), *placed)
+            values = replicate((np.float32(threat.eps), np.asarray(jax.random.key_data(key))), self.mesh)
+            fixed = (variables, *values, *placed)
             state = self._walk(attack, threat, classifier, fixed, n)
             found, extra = state.found, {name: getattr(state, name, None) for name in ("closest", "image")}
             fields = {**found._asdict(), **{name: value for name, value in extra.items() if value is not None}}
@@ -264,7 +265,7 @@ class Driver:
         if claimed.any():
             logits = self.logits(classifier, adversarial[claimed], another=True)
             finite[claimed] &= np.isfinite(logits).all(-1)
-            right = judged_right(logits, labels[claimed])
+            right = correct(logits, labels[claimed])
             held[claimed] = ~right & finite[claimed] & within(threat, adversarial[claimed], images[claimed])
             margin[claimed] = margins(logits, labels[claimed])
             prediction[claimed] = np.argmax(logits, -1)
@@ -285,7 +286,7 @@ class Driver:
         if "image" in got:
             near = np.isfinite(got["closest"])
             if near.any():
-                near[near] = ~judged_right(self.logits(classifier, got["image"][near], another=True), labels[near])
+                near[near] = ~correct(self.logits(classifier, got["image"][near], another=True), labels[near])
             done["closest"] = np.where(near, got["closest"], np.inf).astype(np.float32)
         return done
 
@@ -304,7 +305,7 @@ class Driver:
 
         def step(*arguments: Any) -> Any:
             *fixed, state, i, _ = arguments
-            return advance(attack, problem(*fixed), state, i)
+            return advance(attack, problem(*fixed), state, i), i + 1
 
         def steps(*arguments: Any) -> Any:
             *fixed, state, first, last = arguments
@@ -316,27 +317,36 @@ class Driver:
             def body(carry: tuple) -> tuple:
                 return carry[0] + 1, advance(attack, p, carry[1], carry[0])
 
-            return lax.while_loop(go, body, (first, state))[1]
+            return lax.while_loop(go, body, (first, state))[1], last
 
-        one_by_one = on_cpu(self.mesh)  # convolutions inside a loop run on one core there
+        one_by_one = on_cpu(self.mesh)  # convolutions are slow in loops there
         name = ("attack", attack, classifier.apply, *box)
-        begin = self._program((*name, "start"), lambda: start, "vvvrrrr", attack.name)
-        go_on = self._program((*name, "steps"), lambda: step if one_by_one else steps, "vvvrrrrrvv", attack.name, 7)
+        begin = self._program((*name, "start"), lambda: start, "vvvrrrr", "r", attack.name)
+        go_on = self._program((*name, "steps"), lambda: step if one_by_one else steps, "vvvrrrrrvv", "rv", attack.name)
         state, look = begin(*fixed), max(attack.steps // _LOOKS, 1)
+        i = replicate(np.int32(0), self.mesh)
         for first in range(0, attack.steps, look):
             if attack.rests and fetch(state.found.broken)[:n].all():
                 break
             last = min(first + look, attack.steps)
-            for i in range(first, last, 1 if one_by_one else look):
-                state = go_on(*fixed, state, np.int32(i), np.int32(last))
+            end = replicate(np.int32(last), self.mesh)
+            for _ in range(last - first if one_by_one else 1):
+                state, i = go_on(*fixed, state, i, end)
         return state
 
     def _program(
-        self, name: Any, make: Callable[[], Callable], kinds: str, attack: str = "logits", donated: int | None = None
+        self, name: Any, make: Callable[[], Callable], kinds: str, results: str = "r", attack: str = "logits"
     ) -> Callable:
-        """A compiled function over the mesh, kept under its name; kinds: r(ows) or v(alues that all devices hold)."""
+        """A compiled function over the mesh, kept under its name.
+
+        `kinds` of its arguments and results: r(ows) or v(alues that all devices hold). One that returns several values
+        is a step: its state, the argument that is among them, is given up.
+        """
         if name not in self._programs:
-            specs = tuple(PartitionSpec(AXIS) if kind == "r" else PartitionSpec() for kind in kinds)
+            specs, out = (
+                tuple(PartitionSpec(AXIS) if kind == "r" else PartitionSpec() for kind in those)
+                for those in (kinds, results)
+            )
             inner = make()
 
             def counted(*arguments: Any) -> Any:  # runs once a compilation
@@ -344,9 +354,9 @@ class Driver:
                 return inner(*arguments)
 
             mapped = jax.shard_map(
-                counted, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False
+                counted, mesh=self.mesh, in_specs=specs, out_specs=out if len(out) > 1 else out[0], check_vma=False
             )
-            self._programs[name] = jax.jit(mapped, donate_argnums=() if donated is None else donated)
+            self._programs[name] = jax.jit(mapped, donate_argnums=7 if len(out) > 1 else ())
         return self._programs[name]
 
     def _place(self, rows: np.ndarray, size: int) -> jax.Array:
@@ -429,7 +439,7 @@ def _shared(found: dict[str, np.ndarray] | None) -> dict[str, np.ndarray] | None
         return {name: arrays[name] for name in arrays.files}
 
 
-def judged_right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Which logits [n, classes] name the label: bool [n]; logits that are not finite name none."""
     return (np.argmax(logits, -1) == labels) & np.isfinite(logits).all(-1)
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rst_jax.config import Config
 from rst_jax.data import Dataset, Split, prefetched
+from rst_jax.driver import correct
 from rst_jax.mesh import AXIS, fetch, on_cpu, replicate, split_rows
 from rst_jax.metrics import progress
 from rst_jax.records import AttackRecord, TicketRecord, accuracy, provenance
@@ -121,11 +122,6 @@ class Evaluator:
         flags = [(batch.natural, batch.robust[0]) for batch in self.judged(variables, [variables], dataset, split)]
         natural, robust = (np.concatenate(batches) for batches in zip(*flags, strict=True))
         return float(natural.mean()), float(robust.mean())
-
-
-def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which images are classified right, from logits [N, classes]: bool [N]; logits that are not finite are wrong."""
-    return (np.argmax(logits, -1) == labels) & np.all(np.isfinite(logits), -1)
 
 
 def ticket_record(

@@ -14,7 +14,12 @@ def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
 
 def l2_norm(x: jax.Array) -> jax.Array:
     """The Euclidean norm of each example: [N] of [N, ...]."""
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
+    return jnp.sqrt(jnp.sum(jnp.square(flat(x)), axis=-1))
+
+
+def flat(x: jax.Array) -> jax.Array:
+    """[N, ...] as [N, pixels]: the same values, over which a CPU reduces several times as fast."""
+    return x.reshape(x.shape[0], -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +65,7 @@ class ThreatModel:
 
     def unit(self, x: jax.Array) -> jax.Array:
         """x over its norm: [N, ...] of norm one each (zero stays zero)."""
-        length = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim))) if self.norm == "linf" else l2_norm(x)
+        length = jnp.max(jnp.abs(flat(x)), axis=-1, initial=0) if self.norm == "linf" else l2_norm(x)
         return x / (per_example(length, x) + 1e-12)
 
     def clip(self, x: jax.Array) -> jax.Array:
@@ -85,10 +90,8 @@ class ThreatModel:
 
     def distance(self, adversarial: jax.Array, images: jax.Array) -> jax.Array:
         """How far each image was moved, in the norm: [N]."""
-        delta = adversarial - images
-        if self.norm == "linf":
-            return jnp.max(jnp.abs(delta), axis=tuple(range(1, delta.ndim)))
-        return l2_norm(delta)
+        delta = flat(adversarial) - flat(images)
+        return jnp.max(jnp.abs(delta), axis=-1, initial=0) if self.norm == "linf" else l2_norm(delta)
 
     def violations(self, adversarial: jax.Array, images: jax.Array, tolerance: float = 1e-6) -> jax.Array:
         """Which images left the ball or the box by more than `tolerance`, or are not finite: bool [N]."""

@@ -328,3 +328,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
         assert f"['{layer}']['" in error
         assert "learning_rate" in error
         assert not (workdir / "tickets" / ("ratio-0.3.ticket" if layer == "scores" else "dense.ticket")).exists()
+
+
+@pytest.mark.slow
+def test_a_draw_can_end_with_the_whole_card(environment, tmp_path):
+    workdir = tmp_path / "carded"
+    few = ["--config.remaining_ratios=(0.5,)", "--config.dense.train=False", "--config.evaluate.examples=6"]
+    done = subprocess.run(
+        command(workdir, *few), env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Evaluation card" not in (workdir / "report" / "index.html").read_text()
+    more = [*few, "--config.evaluate.card=full", "--config.task=evaluate"]
+    done = subprocess.run(
+        command(workdir, *more), env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    card = records.read_json(workdir / "results" / "cards" / "ratio-0.5" / "card.json", records.CardRecord)
+    names = "FGSM FGSM-RS PGD-20 PGD-100x10 CW-Linf MIM AutoAttack AutoAttack-L2 CW-L2 Square noise"
+    assert [row.name.replace(" ", "-") for row in card.rows] == names.split()
+    rows = {row.name: row for row in card.rows}
+    assert rows["AutoAttack"].robust.value <= rows["PGD-20"].robust.value <= card.clean.value
+    assert rows["CW-L2"].median_distance > 0
+    assert card.n == 6
+    page = (workdir / "report" / "index.html").read_text()
+    assert "Evaluation card: ratio-0.5 on digits" in page
+    assert "Verdict: " in page

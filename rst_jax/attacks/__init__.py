@@ -1,4 +1,7 @@
-"""Attacks: each takes a `logits_fn` from images [N, H, W, C] in [0, 1] to logits [N, classes]."""
+"""Attacks on a `logits_fn` from images [N, H, W, C] in [0, 1] to logits [N, classes].
+
+`pgd` is the loop inside training; the others are those of an evaluation, each a start and a step (`attack.py`).
+"""
 
 from rst_jax.attacks.apgd import APGD
 from rst_jax.attacks.attack import Attack, Found, Problem, run

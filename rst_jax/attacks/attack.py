@@ -14,6 +14,7 @@ from jax import lax
 
 from rst_jax.losses import at, correct, margin
 from rst_jax.threat import ThreatModel, per_example
+from rst_jax.threat import flat as in_rows
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 
@@ -75,7 +76,7 @@ class Found(NamedTuple):
         """As `seen`, where the caller says which images count."""
         flat = jnp.zeros_like(broken)
         if gradient is not None:
-            flat = jnp.all(gradient == 0, axis=tuple(range(1, gradient.ndim)))
+            flat = jnp.max(jnp.abs(in_rows(gradient)), axis=-1, initial=0) == 0
         return Found(
             jnp.where(per_example(broken, images), images, self.adversarial),
             self.broken | broken,
