@@ -8,7 +8,6 @@ kept, `adversarials.npz`; while it is being made, also `question.json` and the f
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.attacks import APGD, CWL2, FAB, MIM, PGD, Attack, Bandits, Noise, Square, autoattack
+from rst_jax.attacks import Noise
 from rst_jax.checks import check_function, check_row, check_rows, check_sweep, verdict
 from rst_jax.driver import Classifier, Driver, Evidence, Examples, Row, correct
 from rst_jax.mesh import is_main, make_mesh
@@ -37,34 +36,15 @@ from rst_jax.records import (
     write_arrays,
     write_json,
 )
+from rst_jax.rows import described, make_rows, sweep_rows
 from rst_jax.threat import ThreatModel
 from rst_jax.ticket import Ticket
 
 Tree = Any
 _FORMAT = 1
-_SWEPT = 250  # examples of the sweep over eps, and of CW-L2
 _FRAGILE = 1e-4
 _SHOWN = 10
 _PRECISION = "float32, highest matmul precision"
-ATTACKS: dict[str, Callable[[bool], tuple[Attack, ...]]] = {
-    "autoattack": autoattack,
-    "fgsm": lambda _: (PGD("FGSM", 1, 1.0, random_start=False),),
-    "fgsm-rs": lambda _: (PGD("FGSM-RS", 1, 1.25),),
-    "pgd-20": lambda _: (PGD("PGD-20", 20, 0.25),),
-    "pgd-100x10": lambda _: (PGD("PGD-100", 100, 0.025, rounds=10),),
-    "cw-linf": lambda _: (PGD("CW-Linf", 100, 0.025, loss="margin"),),
-    "mim": lambda _: (MIM(),),
-    "apgd-ce": lambda faithful: (APGD("ce", faithful=faithful),),
-    "apgd-dlr": lambda faithful: (APGD("dlr", faithful=faithful),),
-    "apgd-t": lambda faithful: (APGD("dlr-targeted", rounds=9, faithful=faithful),),
-    "fab": lambda _: (FAB(targeted=False, rounds=1),),
-    "fab-t": lambda _: (FAB(),),
-    "square": lambda faithful: (Square(faithful=faithful),),
-    "cw-l2": lambda _: (CWL2(),),
-    "bandits": lambda _: (Bandits(),),
-    "noise": lambda _: (Noise(),),
-}
-FULL = ("fgsm", "fgsm-rs", "pgd-20", "pgd-100x10", "cw-linf", "mim", "autoattack", "autoattack-l2", "cw-l2", "square")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +118,7 @@ def evaluate(
         ("square", "bandits") can be run on it.
       images: float32 [n, H, W, C] in the threat model's box; labels: integers [n].
       threat_model: norm, eps, box.
-      attacks: "autoattack", "full", or names of `ATTACKS`, each of which makes a row.
+      attacks: "autoattack", "full", or names of `rows.ATTACKS`, each of which makes a row.
       key: of all random draws; `jax.random.key(0)` if not given.
       batch_size: examples a program takes at most. Results do not hang on it.
       faithful: keep the published attacks' quirks, for comparison with them.
@@ -208,8 +188,8 @@ def measure(
             f"{labels.min()} to {labels.max()}."
         )
     examples = Examples(images, labels.astype(np.int32), ids, logits)
-    rows = _rows(attacks, threat, eps_l2, faithful, differentiable)
-    swept = _sweep_rows(threat, images[0].size, differentiable)
+    rows = make_rows(attacks, threat, eps_l2, faithful, differentiable)
+    swept = sweep_rows(threat, images[0].size, differentiable)
     subject_digest = subject_digest or digest({"logits": logits})
     images_digest = digest({"images": images, "labels": examples.labels, "ids": ids})
     mode, seed = "faithful" if faithful else "default", driver.key.astype(">u4").tobytes().hex()
@@ -219,7 +199,7 @@ def measure(
             "model": subject_digest,
             "images": images_digest,
             "threat models": [f"{row.threat.norm} {row.threat.eps:.6g}" for row in rows],
-            "attacks": [[_described(attack) for attack in row.attacks] for row in rows],
+            "attacks": [[described(attack) for attack in row.attacks] for row in rows],
             "mode": mode,
             "seed": seed,
         }
@@ -251,7 +231,7 @@ def measure(
             _row_record(row, e)
             for row, e in zip([*rows, Row("noise", (Noise(),), threat)], [*found, noise], strict=True)
         ],
-        sweep=Sweep(_described(swept[0].attacks[0]), threat.norm, eps, robust, n),
+        sweep=Sweep(described(swept[0].attacks[0]), threat.norm, eps, robust, n),
         checks=checks,
         verdict=verdict(checks),
         provenance=provenance(),
@@ -343,51 +323,6 @@ def _check_examples(images: np.ndarray, labels: np.ndarray, threat: ThreatModel)
         )
 
 
-def _rows(
-    attacks: str | Sequence[str], threat: ThreatModel, eps_l2: float, faithful: bool, differentiable: bool
-) -> list[Row]:
-    names = [attacks] if isinstance(attacks, str) else list(attacks)
-    if names == ["full"]:
-        names = list(FULL)
-    rows = []
-    for name in names:
-        known = [*ATTACKS, "autoattack-l2"]
-        if name not in known:
-            near = difflib.get_close_matches(name, [*known, "full"], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are full, {', '.join(known)}."
-            raise ValueError(f"there is no attack {name!r}; {hint}")
-        where = threat
-        if name in ("autoattack-l2", "cw-l2") and threat.norm != "l2":
-            where = dataclasses.replace(threat, norm="l2", eps=eps_l2)
-        elif name == "autoattack-l2":
-            continue  # the row above is the same
-        cascade = ATTACKS[name.removesuffix("-l2") if name == "autoattack-l2" else name](faithful)
-        if not differentiable and any(attack.needs_gradient for attack in cascade):
-            raise ValueError(
-                f"attack {name!r} needs gradients, and JAX cannot trace this logits_fn; take square or bandits."
-            )
-        titles = {"autoattack": "AutoAttack", "autoattack-l2": "AutoAttack L2", "pgd-100x10": "PGD-100x10"}
-        rows.append(Row(titles.get(name, cascade[0].name), cascade, where, _SWEPT if name == "cw-l2" else 0))
-    return rows
-
-
-def _sweep_rows(threat: ThreatModel, pixels: int, differentiable: bool) -> list[Row]:
-    """From a quarter of eps to where every image can be reached."""
-    width = threat.upper - threat.lower
-    whole = width if threat.norm == "linf" else width * pixels**0.5
-    radii = sorted({float(min(threat.eps * k, whole)) for k in (0.25, 0.5, 1, 1.5, 2, 4) if threat.eps} | {whole})
-    attack: Attack = APGD("ce") if differentiable else Square(steps=1000)
-    return [Row(f"eps {r:.4g}", (attack,), dataclasses.replace(threat, eps=r), _SWEPT) for r in radii]
-
-
-def _described(attack: Any) -> str:
-    """An attack with all its settings, the rounds and steps first."""
-    settings = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
-    first = {"steps": attack.steps, "rounds": attack.rounds}
-    rest = {name: value for name, value in settings.items() if name not in ("name", *first)}
-    return f"{attack.name}(" + ", ".join(f"{name}={value}" for name, value in {**first, **rest}.items()) + ")"
-
-
 def _row_record(row: Row, e: Evidence) -> RowRecord:
     measured = np.isfinite(e.closest).any()
     attacked = e.attack != -2
@@ -396,7 +331,7 @@ def _row_record(row: Row, e: Evidence) -> RowRecord:
         name=row.name,
         norm=row.threat.norm,
         eps=float(row.threat.eps),
-        attacks=[_described(attack) for attack in row.attacks],
+        attacks=[described(attack) for attack in row.attacks],
         robust=accuracy(e.standing),
         broken={attack.name: int((e.attack == k).sum()) for k, attack in enumerate(row.attacks)},
         unverified=int(e.unverified.sum()),

@@ -213,7 +213,7 @@ class Driver:
                     target = order[index, round_ + 1] if attack.targeted else np.full(len(index), -1, np.int32)
                     rows = (examples.images[index], examples.labels[index], target, examples.ids[index])
                     began = time.monotonic()
-                    done = self._batch(attack, round_, row.threat, classifier, variables, rows)
+                    done = self._batch(attack, round_, row.threat, classifier, variables, rows, bar.tick)
                     self.seconds[attack.name] = self.seconds.get(attack.name, 0.0) + time.monotonic() - began
                     if pieces and is_main():
                         write_arrays(pieces, {"index": index, **done})
@@ -244,8 +244,9 @@ class Driver:
         classifier: Classifier,
         variables: Tree,
         rows: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+        tick: Callable[[int], None],
     ) -> dict[str, np.ndarray]:
-        """One round of an attack on at most a batch of examples, verified."""
+        """One round of an attack on at most a batch of examples, verified; `tick` hears of the passes."""
         images, labels, target, ids = rows
         n, size = len(labels), next(s for s in self.sizes if s >= len(labels))
         tag = zlib.crc32(attack.name.encode())
@@ -254,7 +255,7 @@ class Driver:
             placed = [self._place(r, size) for r in (images, labels, target, ids)]
             values = replicate((np.float32(threat.eps), np.asarray(jax.random.key_data(key))), self.mesh)
             fixed = (variables, *values, *placed)
-            state = self._walk(attack, threat, classifier, fixed, n)
+            state = self._walk(attack, threat, classifier, fixed, n, tick)
             found, extra = state.found, {name: getattr(state, name, None) for name in ("closest", "image")}
             fields = {**found._asdict(), **{name: value for name, value in extra.items() if value is not None}}
             got = {name: value[:n] for name, value in fetch(fields).items()}
@@ -290,7 +291,15 @@ class Driver:
             done["closest"] = np.where(near, got["closest"], np.inf).astype(np.float32)
         return done
 
-    def _walk(self, attack: Attack, threat: ThreatModel, classifier: Classifier, fixed: tuple, n: int) -> Any:
+    def _walk(
+        self,
+        attack: Attack,
+        threat: ThreatModel,
+        classifier: Classifier,
+        fixed: tuple,
+        n: int,
+        tick: Callable[[int], None],
+    ) -> Any:
         """The state after a round on placed rows, the first n of which are real; stops when all of these are broken."""
         box = (threat.norm, threat.lower, threat.upper)
 
@@ -332,6 +341,7 @@ class Driver:
             end = replicate(np.int32(last), self.mesh)
             for _ in range(last - first if one_by_one else 1):
                 state, i = go_on(*fixed, state, i, end)
+            tick((last - first) * n)
         return state
 
     def _program(
@@ -369,8 +379,8 @@ class _Bar:
     """Passes done and to come, and how many examples are broken."""
 
     def __init__(self, row: Row, evidence: Evidence):
-        self.row, self.bar = row, progress(1, 0, row.name, "pass")
-        self._show(evidence, 0, 0, 0)
+        self.row, self.bar, self.ticked = row, progress(1, 0, row.name, "pass"), 0
+        self._show(evidence, 0, 0, int(evidence.standing.sum()))
 
     def _show(self, evidence: Evidence, number: int, round_: int, left: int) -> None:
         bar: tqdm = self.bar
@@ -380,11 +390,17 @@ class _Bar:
         bar.total = bar.n + sum(work) + now.steps * ((now.rounds - round_ - 1) * standing + left)
         bar.set_postfix_str(f"{now.name}, {int((evidence.attack >= 0).sum())} broken, {standing} stand")
 
+    def tick(self, passes: int) -> None:
+        """So many more within a batch."""
+        self.ticked += passes
+        self.bar.update(passes)
+
     def update(self, attack: Attack, round_: int, number: int, index: np.ndarray, evidence: Evidence) -> None:
         """After a batch."""
         left = int((evidence.standing & (np.arange(len(evidence.standing)) > index[-1])).sum())
+        self.bar.update(attack.steps * len(index) - self.ticked)
+        self.ticked = 0
         self._show(evidence, number, round_, left)
-        self.bar.update(attack.steps * len(index))
 
     def close(self) -> None:
         """Take it away."""

@@ -11,7 +11,7 @@ FLOORS = {
     "state": 3, "metrics": 3,
     "step": 4, "checkpoint": 4, "ticket": 4,
     "driver": 4,
-    "loop": 5, "evaluator": 5, "checks": 5,
+    "loop": 5, "evaluator": 5, "checks": 5, "rows": 5,
     "run": 6, "search": 6, "transfer": 6, "r2s": 6, "interop": 6, "card": 6, "page": 6,
     "report": 7, "card_page": 7, "commands": 7, "plan": 7, "main": 7, "__main__": 7,
 }  # fmt: skip
