@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.attacks import Noise
 from rst_jax.checks import check_function, check_row, check_rows, check_sweep, verdict
 from rst_jax.driver import Classifier, Driver, Evidence, Examples, Row, correct
-from rst_jax.mesh import is_main, make_mesh
+from rst_jax.mesh import is_main, make_mesh, on_main
 from rst_jax.records import (
     Accuracy,
     CardRecord,
@@ -203,7 +202,7 @@ def measure(
             "mode": mode,
             "seed": seed,
         }
-        _claim(folder, question)
+        on_main(partial(_claim, folder, question))
     checks = check_function(raw, partial(driver.logits, classifier), images)
     found = [driver.run(row, classifier, examples, _place(folder, row.name)) for row in rows]
     curve = [driver.run(row, classifier, examples, _place(folder, f"sweep {row.threat.eps:.6g}")) for row in swept]
@@ -211,8 +210,7 @@ def measure(
         some = examples.first(row.examples)
         for check in check_row(row, evidence, some.logits, some.labels):
             checks.append(dataclasses.replace(check, name=f"{row.name}: {check.name}"))
-    noise = driver.run(Row("noise", (Noise(),), threat), classifier, examples, _place(folder, "noise"))
-    checks += check_rows([*rows, Row("noise", (Noise(),), threat)], [*found, noise])
+    checks += check_rows(rows, found)
     n = len(curve[0].attack)
     eps = [0.0, *(float(row.threat.eps) for row in swept)]
     robust = [float(examples.right[:n].mean()), *(float(e.standing.mean()) for e in curve)]
@@ -227,16 +225,13 @@ def measure(
         seed=seed,
         precision=_PRECISION,
         clean=accuracy(examples.right),
-        rows=[
-            _row_record(row, e)
-            for row, e in zip([*rows, Row("noise", (Noise(),), threat)], [*found, noise], strict=True)
-        ],
+        rows=[_row_record(row, e) for row, e in zip(rows, found, strict=True)],
         sweep=Sweep(described(swept[0].attacks[0]), threat.norm, eps, robust, n),
         checks=checks,
         verdict=verdict(checks),
         provenance=provenance(),
     )
-    card = Card(record, [*found, noise], examples)
+    card = Card(record, found, examples)
     if folder and is_main():
         card.save(folder, keep_images)
     return card
@@ -332,6 +327,7 @@ def _row_record(row: Row, e: Evidence) -> RowRecord:
         norm=row.threat.norm,
         eps=float(row.threat.eps),
         attacks=[described(attack) for attack in row.attacks],
+        rounds=[attack.rounds for attack in row.attacks],
         robust=accuracy(e.standing),
         broken={attack.name: int((e.attack == k).sum()) for k, attack in enumerate(row.attacks)},
         unverified=int(e.unverified.sum()),
@@ -355,8 +351,7 @@ def _claim(folder: Path, question: dict[str, Any]) -> None:
     if not path.exists():
         if folder.exists() and any(p.name[0] != "." for p in folder.iterdir()):
             raise ValueError(f"{folder} holds other files and no evaluation; take an empty or a new folder.")
-        if is_main():
-            write_json(path, question)
+        write_json(path, question)
         return
     try:
         before = json.loads(path.read_text())

@@ -6,9 +6,7 @@ import numpy as np
 
 from rst_jax.card import load_card, row_cells
 from rst_jax.page import CYCLE, ROBUST, figure_of, pairs, render, svg, table
-from rst_jax.records import CardRecord, RowRecord, read_arrays, write_text
-
-_SHOWN = 10
+from rst_jax.records import CardRecord, read_arrays, write_text
 
 
 def write_card_page(folder: Path) -> Path:
@@ -85,7 +83,7 @@ def _curves(record: CardRecord, arrays: dict[str, np.ndarray]) -> str:
             label=row.name,
         )
         rounds = arrays[f"{row.name}/round"][broken]
-        if len(row.attacks) == 1 and (count := _rounds(row)) > 1:
+        if len(row.attacks) == 1 and (count := row.rounds[0]) > 1:
             left_after = [start - share * (rounds <= r).sum() for r in range(count)]
             right.plot(range(1, count + 1), left_after, color=colour, marker="o", markersize=3, label=row.name)
     middle.set_xscale("log")
@@ -99,11 +97,6 @@ def _curves(record: CardRecord, arrays: dict[str, np.ndarray]) -> str:
         axes.grid(axis="y", color="#e4e8eb")
     left.set_ylabel("robust accuracy (%)")
     return svg(figure)
-
-
-def _rounds(row: RowRecord) -> int:
-    """How many rounds the only attack of a row has, from its description."""
-    return int(row.attacks[0].split("rounds=")[1].split(",")[0].rstrip(")"))
 
 
 def _gallery(folder: Path, record: CardRecord, arrays: dict[str, np.ndarray]) -> str:

@@ -11,6 +11,7 @@ checked against ball and box in float64. What fails is not counted, and the exam
 
 import contextlib
 import dataclasses
+import io
 import shutil
 import time
 import zlib
@@ -168,7 +169,8 @@ class Driver:
         """Logits [n, classes] of images [n, H, W, C]; `another`: by the program of another batch size."""
         size = self.sizes[-1]
         if another:
-            size = -(-(2 * size // 3) // self.mesh.size) * self.mesh.size + self.mesh.size
+            step = self.mesh.size
+            size = next(s for s in range(-(-2 * size // 3 // step) * step, 3 * size, step) if s and s not in self.sizes)
         predict = self._program(("logits", classifier.apply), lambda: classifier.apply, "vr")
         variables = replicate(classifier.variables, self.mesh)
         found = []
@@ -200,13 +202,13 @@ class Driver:
         examples = examples.first(row.examples)
         evidence = Evidence.none(examples, len(row.attacks))
         whole = folder / "row.npz" if folder else None
-        if kept := _kept(whole, evidence):
+        if kept := _kept(whole):
             return Evidence(**kept)
         order = np.argsort(-examples.logits, axis=-1, kind="stable").astype(np.int32)
         variables = replicate(classifier.variables, self.mesh)
         with contextlib.closing(_Bar(row, evidence)) as bar:
             for number, attack, round_, index, pieces in self._plan(row, order.shape[-1], evidence, folder):
-                done = _kept(pieces, {"index": index})
+                done = _kept(pieces, index)
                 if done is None:
                     if preemption.asked():
                         raise preemption.Preempted
@@ -260,7 +262,6 @@ class Driver:
             fields = {**found._asdict(), **{name: value for name, value in extra.items() if value is not None}}
             got = {name: value[:n] for name, value in fetch(fields).items()}
         claimed, adversarial = got["broken"], got["adversarial"]
-        logits = np.full((n, 0), np.nan, np.float32)
         held, finite = np.zeros(n, bool), np.isfinite(adversarial).all(axis=tuple(range(1, adversarial.ndim)))
         margin, prediction = np.zeros(n, np.float32), np.zeros(n, np.int32)
         if claimed.any():
@@ -422,27 +423,19 @@ def _enter(evidence: Evidence, number: int, round_: int, index: np.ndarray, done
     evidence.not_finite[number] += done["not_finite"]
 
 
-def _kept(path: Path | None, like: Any) -> dict[str, np.ndarray] | None:
-    """The arrays that a process has kept, seen alike by all; None where there are none or they do not fit."""
+def _kept(path: Path | None, index: np.ndarray | None = None) -> dict[str, np.ndarray] | None:
+    """The arrays kept in a file, seen alike by all processes; None where there are none or they are of others."""
     found = None
-    wanted = like if isinstance(like, dict) else {"attack": None}
     if path and is_main():
         with contextlib.suppress(ValueError):
             found = read_arrays(path)
-            if any(
-                name not in found or (w is not None and not np.array_equal(found[name], w))
-                for name, w in wanted.items()
-            ):
-                found = None
-    if jax.process_count() == 1:
-        return found
-    return _shared(found)
+    if found is not None and index is not None and not np.array_equal(found.get("index", ()), index):
+        found = None
+    return found if jax.process_count() == 1 else _shared(found)
 
 
 def _shared(found: dict[str, np.ndarray] | None) -> dict[str, np.ndarray] | None:
     """A dict of arrays that the first process holds, on all of them."""
-    import io
-
     buffer = io.BytesIO()
     if found is not None:
         np.savez(buffer, **found)  # type: ignore[arg-type]

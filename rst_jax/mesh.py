@@ -73,6 +73,18 @@ def from_main(tree: Tree) -> Tree:
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
+def on_main(action: Callable[[], None]) -> None:
+    """Run it in the first process alone; where that is refused (ValueError, OSError), all processes raise."""
+    refusal: Exception | None = None
+    if is_main():
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            refusal = error
+    if from_main(np.asarray(refusal is not None)):
+        raise refusal or ValueError("the first process was refused; it says why.")
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes files and talks to people."""
     return jax.process_index() == 0

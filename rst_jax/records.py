@@ -158,7 +158,7 @@ class RowRecord:
     """A cascade of attacks and what stood.
 
     Attributes:
-      attacks: each with its settings. broken: examples that each broke, verified.
+      attacks: each with its settings. rounds: restarts or targets of each. broken: examples that each broke, verified.
       unverified: claims that did not hold when run again; they are not counted.
       fragile: broken examples whose margin is within 1e-4 of the boundary.
       median_distance: of the closest adversarial images of a minimal-norm attack over the examples classified right, in
@@ -170,6 +170,7 @@ class RowRecord:
     norm: str
     eps: float
     attacks: list[str]
+    rounds: list[int]
     robust: Accuracy
     broken: dict[str, int]
     unverified: int

@@ -34,10 +34,10 @@ FULL = ("fgsm", "fgsm-rs", "pgd-20", "pgd-100x10", "cw-linf", "mim", "autoattack
 def make_rows(
     attacks: str | Sequence[str], threat: ThreatModel, eps_l2: float, faithful: bool, differentiable: bool
 ) -> list[Row]:
-    """The rows of a card.
+    """The rows of a card, the last of which is noise.
 
     Args:
-      attacks: "full", or names of `ATTACKS`.
+      attacks: names of `ATTACKS`, "autoattack-l2", or "full".
       threat: of all rows but those that say L2.
       eps_l2: of these, unless the threat model is L2 itself.
       faithful: keep the published attacks' quirks.
@@ -46,29 +46,32 @@ def make_rows(
     Raises:
       ValueError: an unknown name (the nearest one is named), or an attack that cannot be run.
     """
-    names = [attacks] if isinstance(attacks, str) else list(attacks)
-    if names == ["full"]:
-        names = list(FULL)
     rows = []
-    for name in names:
-        known = [*ATTACKS, "autoattack-l2"]
-        if name not in known:
-            near = difflib.get_close_matches(name, [*known, "full"], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are full, {', '.join(known)}."
-            raise ValueError(f"there is no attack {name!r}; {hint}")
-        where = threat
-        if name in ("autoattack-l2", "cw-l2") and threat.norm != "l2":
-            where = dataclasses.replace(threat, norm="l2", eps=eps_l2)
-        elif name == "autoattack-l2":
-            continue  # the row above is the same
+    for name in _named([attacks] if isinstance(attacks, str) else attacks, threat):
+        l2 = name in ("autoattack-l2", "cw-l2") and threat.norm != "l2"
         cascade = ATTACKS[name.removesuffix("-l2") if name == "autoattack-l2" else name](faithful)
         if not differentiable and any(attack.needs_gradient for attack in cascade):
             raise ValueError(
                 f"attack {name!r} needs gradients, and JAX cannot trace this logits_fn; take square or bandits."
             )
+        where = dataclasses.replace(threat, norm="l2", eps=eps_l2) if l2 else threat
         titles = {"autoattack": "AutoAttack", "autoattack-l2": "AutoAttack L2", "pgd-100x10": "PGD-100x10"}
         rows.append(Row(titles.get(name, cascade[0].name), cascade, where, _SWEPT if name == "cw-l2" else 0))
     return rows
+
+
+def _named(names: Sequence[str], threat: ThreatModel) -> list[str]:
+    """The rows asked for, each once, and last of all noise, which every card has."""
+    known, found = [*ATTACKS, "autoattack-l2", "full"], list[str]()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
+            raise ValueError(f"there is no attack {name!r}; {hint}")
+        found += FULL if name == "full" else [name]
+    if threat.norm == "l2":  # there the two are one
+        found = ["autoattack" if name == "autoattack-l2" else name for name in found]
+    return [name for name in dict.fromkeys(found) if name != "noise"] + ["noise"]
 
 
 def sweep_rows(threat: ThreatModel, pixels: int, differentiable: bool) -> list[Row]:

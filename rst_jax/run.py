@@ -17,7 +17,7 @@ from rst_jax.config import Config
 from rst_jax.data import load_dataset
 from rst_jax.evaluator import Evaluator
 from rst_jax.loop import Trainer, batch_sizes
-from rst_jax.mesh import AXIS, from_main, is_main, make_mesh, on_cpu
+from rst_jax.mesh import AXIS, from_main, is_main, make_mesh, on_cpu, on_main
 from rst_jax.metrics import MetricsWriter, Say
 from rst_jax.models import make_model
 from rst_jax.records import provenance, write_json
@@ -137,15 +137,8 @@ def claimed(workdir: Path, run: Run) -> Iterator[None]:
     Raises:
       ValueError: another process holds it, it holds something else, or another configuration; nothing is written.
     """
-    refusal = None
     with contextlib.ExitStack() as held:
-        if run.is_main:
-            try:
-                _claim(workdir, run, held)
-            except (ValueError, OSError) as error:
-                refusal = error
-        if from_main(np.asarray(refusal is not None)):
-            raise refusal or ValueError("the first process was refused; it says why.")
+        on_main(lambda: _claim(workdir, run, held))
         yield
 
 

@@ -15,7 +15,7 @@ import pytest
 import rst_jax
 from rst_jax.card_page import write_card_page
 from rst_jax.records import CardRecord, read_arrays, read_json
-from rst_jax.rows import ATTACKS, FULL
+from rst_jax.rows import ATTACKS, FULL, make_rows
 from rst_jax.threat import ThreatModel
 from tests.drawing import IMAGES as TICKET_IMAGES
 from tests.drawing import draw
@@ -203,6 +203,22 @@ def test_every_name_makes_a_row_and_full_has_those_of_a_card():
     assert set(FULL) <= {*ATTACKS, "autoattack-l2"}
     for make in ATTACKS.values():
         assert all(attack.rounds >= 1 for attack in make(False))
+
+
+@pytest.mark.parametrize(
+    ("names", "norm", "expected"),
+    [
+        ("fgsm", "linf", ["FGSM", "noise"]),
+        (["noise", "mim", "mim"], "linf", ["MIM", "noise"]),
+        (["autoattack-l2"], "l2", ["AutoAttack", "noise"]),
+        (["autoattack", "autoattack-l2"], "linf", ["AutoAttack", "AutoAttack L2", "noise"]),
+    ],
+)
+def test_every_row_is_there_once_and_noise_last(names, norm, expected):
+    rows = make_rows(names, ThreatModel(0.1, norm), 0.5, False, True)
+    assert [row.name for row in rows] == expected
+    more = make_rows(["full", "bandits"], ThreatModel(0.1, norm), 0.5, False, True)
+    assert [row.name for row in more][-2:] == ["Bandits", "noise"]
 
 
 def test_a_ticket_is_named_by_its_digest():

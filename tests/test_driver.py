@@ -100,6 +100,16 @@ def test_a_row_compiles_once_a_size_and_another_radius_nothing():
     assert driver.compiled == before
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 16, 250])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_claims_are_judged_at_a_batch_size_that_no_attack_runs_at(size, devices):
+    driver, seen = Driver(make_mesh(jax.devices()[:devices]), size, KEY), []
+    driver._place = lambda rows, size: seen.append(size) or jnp.zeros((size, *rows.shape[1:]))
+    driver.logits(NETWORK, IMAGES[:1], another=True)
+    assert seen[0] not in driver.sizes
+    assert seen[0] % devices == 0
+
+
 def test_a_batch_that_is_broken_ends_early():
     found = evidence(row=Row("wide", (APGD(steps=100),), ThreatModel(1.0)))
     assert not found.standing.any()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rst_jax.losses import at, correct, margin
+from rst_jax.losses import correct, margin
 from rst_jax.threat import ThreatModel, per_example
 from rst_jax.threat import flat as in_rows
 
@@ -174,6 +174,3 @@ def ranked(logits: jax.Array, rank: int) -> jax.Array:
 def step_keys(p: Problem, i: jax.Array) -> jax.Array:
     """A key an example for step i."""
     return jax.vmap(jax.random.fold_in, (0, None))(p.keys, i)
-
-
-__all__ = ["Attack", "Found", "LogitsFn", "Problem", "State", "advance", "ascent", "at", "ranked", "run", "step_keys"]
