@@ -4,10 +4,11 @@
 #
 #   benchmarks/accelerator.sh 9 --workdir=/tmp/reproduce --zoo=out/zoo --config.data_dir=DIR
 #
+# With --config.evaluate.card=autoattack every draw ends with evaluation cards, which go on as well.
 # JAX_PLATFORMS=cuda,cpu unless it is set; BATCH (256) is the step's; results go to RESULTS (benchmarks/results).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 2 ] || { sed -n '2,7p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,8p' "$0" >&2; exit 2; }
 minutes=$1 batch=${BATCH:-256} results=${RESULTS:-benchmarks/results}
 shift
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1

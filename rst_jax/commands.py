@@ -13,6 +13,7 @@ from rst_jax import preemption
 from rst_jax.card import evaluate, load_card, replay, table
 from rst_jax.card_page import write_card_page
 from rst_jax.data import load_test
+from rst_jax.mesh import split_cpu
 from rst_jax.r2s import load_r2s
 from rst_jax.threat import ThreatModel
 from rst_jax.ticket import Ticket, load_ticket
@@ -56,6 +57,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     add("--out", default="", help="the card's folder (default: cards/<ticket>-<dataset>-<attacks>)")
     _know(parser, arguments)
     o = parser.parse_args(arguments)
+    split_cpu()
     ticket = _ticket(o.ticket, o.name)
     if o.replay:
         print("\n".join(f"{row}: {100 * right:.1f} %" for row, right in replay(ticket, o.replay).items()))

@@ -22,14 +22,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from rst_jax import preemption
-from rst_jax.attacks.attack import Attack, Problem, advance
-from rst_jax.mesh import AXIS, fetch, from_main, is_main, on_cpu, replicate, split_rows
+from rst_jax.attacks.attack import Attack
+from rst_jax.mesh import fetch, from_main, is_main, replicate, split_rows
 from rst_jax.metrics import progress
+from rst_jax.programs import Apply, Fixed, Programs
 from rst_jax.records import read_arrays, write_arrays
 from rst_jax.threat import ThreatModel
 
@@ -48,7 +48,7 @@ class Classifier:
       variables: its first argument.
     """
 
-    apply: Callable[[Tree, jax.Array], jax.Array]
+    apply: Apply
     variables: Tree = ()
 
 
@@ -96,8 +96,10 @@ class Evidence:
       attack: number of the attack that broke it; STANDING, or WRONG without any attack.
       round: of that attack. target: the class it aimed at, or -1.
       prediction: what the adversarial image is taken for.
+      clean: margin of the clean image.
       margin: of the verified adversarial image (of the clean one if there is none).
       distance: how far it was moved, in the row's norm.
+      least: the smallest margin of any image looked at within the ball (not of all attacks' images: see `Found`).
       closest: the distance of the closest adversarial image that a minimal-norm attack found, whatever eps; else inf.
       queries, gradients: passes spent on it. flat: gradients that were zero.
       adversarial: float32 [n, H, W, C], the clean image where there is none.
@@ -108,8 +110,10 @@ class Evidence:
     round: np.ndarray
     target: np.ndarray
     prediction: np.ndarray
+    clean: np.ndarray
     margin: np.ndarray
     distance: np.ndarray
+    least: np.ndarray
     closest: np.ndarray
     queries: np.ndarray
     gradients: np.ndarray
@@ -127,8 +131,10 @@ class Evidence:
             round=np.full(n, -1, np.int16),
             target=np.full(n, -1, np.int32),
             prediction=np.argmax(examples.logits, -1).astype(np.int32),
+            clean=margins(examples.logits, examples.labels),
             margin=margins(examples.logits, examples.labels),
             distance=np.zeros(n, np.float32),
+            least=margins(examples.logits, examples.labels),
             closest=np.full(n, np.inf, np.float32),
             queries=np.zeros(n, np.int32),
             gradients=np.zeros(n, np.int32),
@@ -143,6 +149,10 @@ class Evidence:
         """Which examples no attack has broken: bool [n]."""
         return self.attack == STANDING
 
+    def pending(self, attack: Attack) -> np.ndarray:
+        """Whom an attack would meet now: int [...]."""
+        return np.flatnonzero(self.standing & (self.least <= attack.near * self.clean))
+
 
 class Driver:
     """Runs rows. Programs are compiled when first needed and kept.
@@ -153,17 +163,17 @@ class Driver:
       key: key data uint32 [2]; the randomness of an example follows from its id, the attack and the round.
 
     Attributes:
-      compiled: how many programs were made, for each attack.
+      programs: made when first needed, and kept.
       seconds: spent in each attack, compilation and verification included.
     """
 
     def __init__(self, mesh: Mesh, batch_size: int, key: np.ndarray):
         self.mesh, self.key = mesh, np.asarray(key, np.uint32)
-        parts = (1, 7 / 8, 3 / 4, 1 / 2, 1 / 4, 1 / 16)
+        parts = (1, 3 / 4, 1 / 2, 1 / 4, 1 / 16)
         self.sizes = sorted({-(-max(round(batch_size * part), 1) // mesh.size) * mesh.size for part in parts})
-        self.compiled: dict[str, int] = {}
+        self.programs = Programs(mesh)
         self.seconds: dict[str, float] = {}
-        self._programs: dict[Any, Any] = {}
+        self._numbers: dict[int, jax.Array] = {}
 
     def logits(self, classifier: Classifier, images: np.ndarray, another: bool = False) -> np.ndarray:
         """Logits [n, classes] of images [n, H, W, C]; `another`: by the program of another batch size."""
@@ -171,7 +181,7 @@ class Driver:
         if another:
             step = self.mesh.size
             size = next(s for s in range(-(-2 * size // 3 // step) * step, 3 * size, step) if s and s not in self.sizes)
-        predict = self._program(("logits", classifier.apply), lambda: classifier.apply, "vr")
+        predict = self.programs.logits(classifier.apply)
         variables = replicate(classifier.variables, self.mesh)
         found = []
         with jax.default_matmul_precision("highest"):
@@ -207,20 +217,20 @@ class Driver:
         order = np.argsort(-examples.logits, axis=-1, kind="stable").astype(np.int32)
         variables = replicate(classifier.variables, self.mesh)
         with contextlib.closing(_Bar(row, evidence)) as bar:
-            for number, attack, round_, index, pieces in self._plan(row, order.shape[-1], evidence, folder):
-                done = _kept(pieces, index)
+            for number, rounds, index, pieces in self._plan(row, order.shape[-1], evidence, folder):
+                attack, done = row.attacks[number], _kept(pieces, index)
                 if done is None:
                     if preemption.asked():
                         raise preemption.Preempted
-                    target = order[index, round_ + 1] if attack.targeted else np.full(len(index), -1, np.int32)
-                    rows = (examples.images[index], examples.labels[index], target, examples.ids[index])
+                    e, target = examples, order[index, rounds + 1] if attack.targeted else np.full_like(rounds, -1)
+                    rows = (e.images[index], e.logits[index], e.labels[index], target, rounds, e.ids[index])
                     began = time.monotonic()
-                    done = self._batch(attack, round_, row.threat, classifier, variables, rows, bar.tick)
+                    done = self._batch(attack, row.threat, classifier, variables, rows, bar.tick)
                     self.seconds[attack.name] = self.seconds.get(attack.name, 0.0) + time.monotonic() - began
                     if pieces and is_main():
                         write_arrays(pieces, {"index": index, **done})
-                _enter(evidence, number, round_, index, done)
-                bar.update(attack, round_, number, index, evidence)
+                _enter(evidence, number, rounds, index, done)
+                bar.update(number, rounds, index)
         if whole and is_main():
             write_arrays(whole, vars(evidence))
             shutil.rmtree(whole.parent / "batches", ignore_errors=True)
@@ -228,35 +238,39 @@ class Driver:
 
     def _plan(
         self, row: Row, classes: int, evidence: Evidence, folder: Path | None
-    ) -> Iterator[tuple[int, Attack, int, np.ndarray, Path | None]]:
-        """The batches to come, one after the other; which they are follows from what the ones before have found."""
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, Path | None]]:
+        """The batches to come: an attack's number, rounds and examples [n]; they follow from what was found before."""
+        largest = 0
         for number, attack in enumerate(row.attacks):
-            for round_ in range(min(attack.rounds, classes - 1) if attack.targeted else attack.rounds):
-                pending = np.flatnonzero(evidence.standing)
-                count = -(-len(pending) // self.sizes[-1])
-                for place, index in enumerate(np.array_split(pending, count) if count else ()):
-                    name = f"{number}-{round_}-{place}.npz"
-                    yield number, attack, round_, index, folder / "batches" / name if folder else None
+            every = np.arange(min(attack.rounds, classes - 1) if attack.targeted else attack.rounds, dtype=np.int32)
+            for rounds in every[:, None] if attack.near == np.inf else every[None]:
+                pending = evidence.pending(attack)
+                index, rounds = np.repeat(pending, len(rounds)), np.tile(rounds, len(pending))
+                count = -(-len(index) // (largest or self.sizes[-1]))
+                if number and count and not largest:
+                    largest = self._size(-(-len(index) // count))  # so that what follows the first attack shares a size
+                for place, part in enumerate(np.array_split(np.arange(len(index)), count) if count else ()):
+                    name = f"{number}-{rounds[0]}-{place}.npz"
+                    yield number, rounds[part], index[part], folder / "batches" / name if folder else None
 
     def _batch(
         self,
         attack: Attack,
-        round_: int,
         threat: ThreatModel,
         classifier: Classifier,
         variables: Tree,
-        rows: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+        rows: tuple[np.ndarray, ...],
         tick: Callable[[int], None],
     ) -> dict[str, np.ndarray]:
         """One round of an attack on at most a batch of examples, verified; `tick` hears of the passes."""
-        images, labels, target, ids = rows
-        n, size = len(labels), next(s for s in self.sizes if s >= len(labels))
+        images, _, labels, target, *_ = rows
+        n, size = len(labels), self._size(len(labels))
         tag = zlib.crc32(attack.name.encode())
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(self.key)), tag), round_)
+        key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(self.key)), tag)
         with jax.default_matmul_precision("highest"):
-            placed = [self._place(r, size) for r in (images, labels, target, ids)]
-            values = replicate((np.float32(threat.eps), np.asarray(jax.random.key_data(key))), self.mesh)
-            fixed = (variables, *values, *placed)
+            *placed, rounds, ids = (self._place(r, size) for r in rows)
+            eps, key = replicate((np.float32(threat.eps), np.asarray(jax.random.key_data(key))), self.mesh)
+            fixed = (variables, eps, *placed, self.programs.keys()(key, rounds, ids))
             state = self._walk(attack, threat, classifier, fixed, n, tick)
             found, extra = state.found, {name: getattr(state, name, None) for name in ("closest", "image")}
             fields = {**found._asdict(), **{name: value for name, value in extra.items() if value is not None}}
@@ -277,6 +291,7 @@ class Driver:
             "prediction": prediction,
             "margin": margin,
             "closest": np.full(n, np.inf, np.float32),
+            "least": got["least"],
             "queries": got["queries"],
             "gradients": got["gradients"],
             "flat": got["flat"],
@@ -297,78 +312,33 @@ class Driver:
         attack: Attack,
         threat: ThreatModel,
         classifier: Classifier,
-        fixed: tuple,
+        fixed: Fixed,
         n: int,
         tick: Callable[[int], None],
     ) -> Any:
         """The state after a round on placed rows, the first n of which are real; stops when all of these are broken."""
-        box = (threat.norm, threat.lower, threat.upper)
-
-        def problem(variables: Tree, eps: jax.Array, key: jax.Array, x: jax.Array, *rest: jax.Array) -> Problem:
-            labels, targets, ids = rest
-            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.wrap_key_data(key), i))(ids)
-            there = ThreatModel(eps, *box)
-            return Problem(lambda x: classifier.apply(variables, x), there, x, labels, targets, keys)
-
-        def start(*fixed: Any) -> Any:
-            return attack.start(problem(*fixed))
-
-        def step(*arguments: Any) -> Any:
-            *fixed, state, i, _ = arguments
-            return advance(attack, problem(*fixed), state, i), i + 1
-
-        def steps(*arguments: Any) -> Any:
-            *fixed, state, first, last = arguments
-            p = problem(*fixed)
-
-            def go(carry: tuple) -> jax.Array:
-                return (carry[0] < last) & ~(attack.rests & jnp.all(carry[1].found.broken))
-
-            def body(carry: tuple) -> tuple:
-                return carry[0] + 1, advance(attack, p, carry[1], carry[0])
-
-            return lax.while_loop(go, body, (first, state))[1], last
-
-        one_by_one = on_cpu(self.mesh)  # convolutions are slow in loops there
-        name = ("attack", attack, classifier.apply, *box)
-        begin = self._program((*name, "start"), lambda: start, "vvvrrrr", "r", attack.name)
-        go_on = self._program((*name, "steps"), lambda: step if one_by_one else steps, "vvvrrrrrvv", "rv", attack.name)
-        state, look = begin(*fixed), max(attack.steps // _LOOKS, 1)
-        i = replicate(np.int32(0), self.mesh)
-        for first in range(0, attack.steps, look):
+        begin, go_on = self.programs.attack(attack, threat, classifier.apply, fixed)
+        (state, drawn), i = begin(*fixed), self._number(0)
+        look, one_by_one = -(-attack.passes // _LOOKS), self.programs.one_by_one(classifier.apply, fixed)
+        for first in range(0, attack.passes, look):
             if attack.rests and fetch(state.found.broken)[:n].all():
                 break
-            last = min(first + look, attack.steps)
-            end = replicate(np.int32(last), self.mesh)
+            last = min(first + look, attack.passes)
+            end = self._number(last)
             for _ in range(last - first if one_by_one else 1):
-                state, i = go_on(*fixed, state, i, end)
+                state, i = go_on(*fixed, drawn, state, i, end)
             tick((last - first) * n)
         return state
 
-    def _program(
-        self, name: Any, make: Callable[[], Callable], kinds: str, results: str = "r", attack: str = "logits"
-    ) -> Callable:
-        """A compiled function over the mesh, kept under its name.
+    def _size(self, examples: int) -> int:
+        """How many rows a program takes that is to hold so many examples."""
+        return next(size for size in self.sizes if size >= examples)
 
-        `kinds` of its arguments and results: r(ows) or v(alues that all devices hold). One that returns several values
-        is a step: its state, the argument that is among them, is given up.
-        """
-        if name not in self._programs:
-            specs, out = (
-                tuple(PartitionSpec(AXIS) if kind == "r" else PartitionSpec() for kind in those)
-                for those in (kinds, results)
-            )
-            inner = make()
-
-            def counted(*arguments: Any) -> Any:  # runs once a compilation
-                self.compiled[attack] = self.compiled.get(attack, 0) + 1
-                return inner(*arguments)
-
-            mapped = jax.shard_map(
-                counted, mesh=self.mesh, in_specs=specs, out_specs=out if len(out) > 1 else out[0], check_vma=False
-            )
-            self._programs[name] = jax.jit(mapped, donate_argnums=7 if len(out) > 1 else ())
-        return self._programs[name]
+    def _number(self, value: int) -> jax.Array:
+        """An integer on all devices."""
+        if value not in self._numbers:
+            self._numbers[value] = replicate(np.int32(value), self.mesh)
+        return self._numbers[value]
 
     def _place(self, rows: np.ndarray, size: int) -> jax.Array:
         """Rows on the devices, padded with the last one to `size`."""
@@ -380,45 +350,49 @@ class _Bar:
     """Passes done and to come, and how many examples are broken."""
 
     def __init__(self, row: Row, evidence: Evidence):
-        self.row, self.bar, self.ticked = row, progress(1, 0, row.name, "pass"), 0
-        self._show(evidence, 0, 0, int(evidence.standing.sum()))
+        self.row, self.evidence, self.bar, self.ticked = row, evidence, progress(1, 0, row.name, "pass"), 0
+        self._show(0, len(evidence.pending(row.attacks[0])) * row.attacks[0].rounds)
 
-    def _show(self, evidence: Evidence, number: int, round_: int, left: int) -> None:
+    def _show(self, number: int, left: int) -> None:
         bar: tqdm = self.bar
-        standing = int(evidence.standing.sum())
+        broken, standing = int((self.evidence.attack >= 0).sum()), int(self.evidence.standing.sum())
         now = self.row.attacks[number]
-        work = [a.steps * a.rounds * standing for a in self.row.attacks[number + 1 :]]
-        bar.total = bar.n + sum(work) + now.steps * ((now.rounds - round_ - 1) * standing + left)
-        bar.set_postfix_str(f"{now.name}, {int((evidence.attack >= 0).sum())} broken, {standing} stand")
+        work = [a.passes * a.rounds * len(self.evidence.pending(a)) for a in self.row.attacks[number + 1 :]]
+        bar.total = bar.n + sum(work) + now.passes * left
+        bar.set_postfix_str(f"{now.name}, {broken} broken, {standing} stand")
 
     def tick(self, passes: int) -> None:
         """So many more within a batch."""
         self.ticked += passes
         self.bar.update(passes)
 
-    def update(self, attack: Attack, round_: int, number: int, index: np.ndarray, evidence: Evidence) -> None:
+    def update(self, number: int, rounds: np.ndarray, index: np.ndarray) -> None:
         """After a batch."""
-        left = int((evidence.standing & (np.arange(len(evidence.standing)) > index[-1])).sum())
-        self.bar.update(attack.steps * len(index) - self.ticked)
+        attack, pending = self.row.attacks[number], self.evidence.pending(self.row.attacks[number])
+        self.bar.update(attack.passes * len(index) - self.ticked)
         self.ticked = 0
-        self._show(evidence, number, round_, left)
+        later, now = int((pending > index[-1]).sum()), len(pending) * (attack.rounds - 1 - int(rounds[-1]))
+        self._show(number, later * (attack.rounds if attack.near < np.inf else 1) + now)
 
     def close(self) -> None:
         """Take it away."""
         self.bar.close()
 
 
-def _enter(evidence: Evidence, number: int, round_: int, index: np.ndarray, done: dict[str, np.ndarray]) -> None:
-    """Write a batch's findings into a row's."""
+def _enter(evidence: Evidence, number: int, rounds: np.ndarray, index: np.ndarray, done: dict[str, np.ndarray]) -> None:
+    """Write a batch's findings into a row's: of the rounds of an example, the first that broke it."""
     for name in ("queries", "gradients", "flat"):
-        getattr(evidence, name)[index] += done[name]
-    held = done["held"]
-    broken = index[held]
+        np.add.at(getattr(evidence, name), index, done[name])
+    for name in ("least", "closest"):
+        np.fmin.at(getattr(evidence, name), index, done[name])
+    held = np.flatnonzero(done["held"])
+    broken, first = np.unique(index[held], return_index=True)
+    new = evidence.standing[broken]
+    broken, first = broken[new], first[new]
     for name in ("target", "prediction", "margin", "distance"):
-        getattr(evidence, name)[broken] = done[name][held]
-    evidence.attack[broken], evidence.round[broken] = number, round_
-    evidence.adversarial[broken] = done["adversarial"]
-    evidence.closest[index] = np.minimum(evidence.closest[index], done["closest"])
+        getattr(evidence, name)[broken] = done[name][held[first]]
+    evidence.attack[broken], evidence.round[broken] = number, rounds[held[first]]
+    evidence.adversarial[broken] = done["adversarial"][first]
     evidence.unverified[number] += done["unverified"]
     evidence.not_finite[number] += done["not_finite"]
 

@@ -1,5 +1,7 @@
 """Devices and processes: one mesh axis, "data"; state is replicated over it, batches are split."""
 
+import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,17 @@ Tree = Any
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices of all processes (or of those given), in one axis."""
     return Mesh(np.asarray(devices if devices is not None else jax.devices()), (AXIS,))
+
+
+def split_cpu() -> None:
+    """Make two devices of a CPU with several cores, unless XLA_FLAGS or an earlier use of JAX have settled it.
+
+    Small programs, whose kernels do not fill a second core, so run nearly twice as fast.
+    """
+    settled = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if (os.cpu_count() or 1) > 1 and not settled:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", 2)
 
 
 def on_cpu(mesh: Mesh) -> bool:

@@ -26,6 +26,18 @@ def operations(function: Callable[..., Any], *args: Any) -> int:
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
+def has_convolution(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether a convolution is among what `function` does; its arguments are as those of `operations`."""
+
+    def found(jaxpr: core.Jaxpr) -> bool:
+        return any(
+            equation.primitive.name == "conv_general_dilated" or any(map(found, core.jaxprs_in_params(equation.params)))
+            for equation in jaxpr.eqns
+        )
+
+    return found(jax.make_jaxpr(function)(*args).jaxpr)
+
+
 def step_operations(forward: int, attack_steps: int) -> int:
     """What a search step needs: 2 forward-equivalents an attack step, 3 for the update.
 

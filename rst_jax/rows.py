@@ -69,8 +69,10 @@ def _named(names: Sequence[str], threat: ThreatModel) -> list[str]:
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
             raise ValueError(f"there is no attack {name!r}; {hint}")
         found += FULL if name == "full" else [name]
-    if threat.norm == "l2":  # there the two are one
-        found = ["autoattack" if name == "autoattack-l2" else name for name in found]
+    if threat.norm == "l2":
+        if "cw-linf" in names:
+            raise ValueError("cw-linf is an attack under Linf; under L2 take cw-l2.")
+        found = ["autoattack" if name == "autoattack-l2" else name for name in found if name != "cw-linf"]
     return [name for name in dict.fromkeys(found) if name != "noise"] + ["noise"]
 
 
@@ -84,8 +86,8 @@ def sweep_rows(threat: ThreatModel, pixels: int, differentiable: bool) -> list[R
 
 
 def described(attack: Any) -> str:
-    """An attack with all its settings, the rounds and steps first."""
+    """An attack with all its settings, the passes and rounds first."""
     settings = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
-    first = {"steps": attack.steps, "rounds": attack.rounds}
+    first = {"passes": attack.passes, "rounds": attack.rounds}
     rest = {name: value for name, value in settings.items() if name not in ("name", *first)}
     return f"{attack.name}(" + ", ".join(f"{name}={value}" for name, value in {**first, **rest}.items()) + ")"

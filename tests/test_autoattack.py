@@ -1,9 +1,9 @@
 """The authors' attacks, recorded step by step in float64 (benchmarks/autoattack_traces.py), met by ours."""
 
 import dataclasses
+import functools
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,14 @@ import pytest
 from jax import lax
 
 from rst_jax.attacks.apgd import APGD, checkpoints
-from rst_jax.attacks.attack import Problem, advance, ranked
+from rst_jax.attacks.attack import Problem, advance
 from rst_jax.attacks.fab import FAB
 from rst_jax.attacks.square import Proposal, Square, pattern
 from rst_jax.losses import correct, dlr, margin, targeted_dlr
 from rst_jax.threat import ThreatModel
 
 TOLERANCE = dict(rtol=0, atol=1e-10)
-CHECKS = [steps - 1 for steps in checkpoints(100)]  # the steps that end with a look at the step size
+CHECKS = checkpoints(100)  # the passes that end with a look at the step size
 RUNS = {f"{norm}-{loss}": (norm, loss) for norm in ("linf", "l2") for loss in ("ce", "dlr", "dlr-targeted")}
 RUNS["wrapped"] = ("linf", "dlr")
 
@@ -50,13 +50,15 @@ def network(x):
 def problem(name, norm, rank=2):
     images = jnp.asarray(traces()["examples"]["images"])
     labels = jnp.asarray(traces()["examples"]["labels"], jnp.int32)
-    targets = ranked(network(images), rank)
+    logits = network(images)
+    targets = lax.top_k(logits, rank)[1][:, -1] if rank else jnp.full(len(labels), -1)
     keys = jax.random.split(jax.random.key(0), len(labels))
-    return Problem(network, ThreatModel(float(traces()[name]["eps"]), norm), images, labels, targets, keys)
+    threat = ThreatModel(float(traces()[name]["eps"]), norm)
+    return Problem(network, threat, images, logits, labels, targets.astype(jnp.int32), keys)
 
 
-def walk(p, step, state, steps):
-    """The last state, every state after a step [steps, ...], and every image that was looked at, in order."""
+def walk(p, attack, state, drawn=(), step=None):
+    """The last state, every state after a pass [passes, ...], and every image that was looked at, in order."""
     seen = []
 
     def watched(x):
@@ -70,10 +72,10 @@ def walk(p, step, state, steps):
     @jax.jit
     def program(state):
         def body(state, i):
-            state = step(q, state, i)
+            state = (step or attack.step)(q, state, i, drawn)
             return state, state
 
-        return lax.scan(body, state, jnp.arange(steps, dtype=jnp.int32))
+        return lax.scan(body, state, jnp.arange(attack.passes, dtype=jnp.int32))
 
     last, every = program(state)
     jax.effects_barrier()
@@ -88,24 +90,25 @@ def first(images):
 def apgd(run, faithful):
     """The recorded run, our attack, its problem, and its start from the recorded noise."""
     norm, loss = RUNS[run]
-    t, p = traces()[f"apgd-{run}"], problem(f"apgd-{run}", norm)
+    t = traces()[f"apgd-{run}"]
+    p = problem(f"apgd-{run}", norm, 2 if loss == "dlr-targeted" else None)
     attack = APGD(loss, rho=float(t["rho"]), faithful=faithful)
-    return t, attack, p, attack.start(p, noise=jnp.asarray(t["noise"]))
+    return t, attack, p, attack.start(p, jnp.asarray(t["noise"]))
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_apgd_is_theirs_at_every_step(run):
     t, attack, p, start = apgd(run, faithful=True)
-    last, every, seen = walk(p, attack.step, start, 100)
-    sizes = np.concatenate([start.size[None], every.size])
+    last, every, seen = walk(p, attack, start)
     halved = t["sizes"][1:] < t["sizes"][:-1]
-    assert set(np.flatnonzero(halved.any(1))) <= set(CHECKS)
-    np.testing.assert_array_equal(sizes[1:] < sizes[:-1], halved)
-    np.testing.assert_allclose(sizes, t["sizes"], rtol=1e-14)
-    np.testing.assert_allclose(np.concatenate([start.x[None], seen]), first(t["x"]), **TOLERANCE)
-    np.testing.assert_allclose(np.concatenate([start.best_loss[None], every.loss]), t["losses"], **TOLERANCE)
+    assert set(np.flatnonzero(halved.any(1)) + 1) <= set(CHECKS)
+    np.testing.assert_array_equal(every.size[1:] < every.size[:-1], halved)
+    np.testing.assert_allclose(every.size, t["sizes"], rtol=1e-14)
+    np.testing.assert_allclose(seen, first(t["x"]), **TOLERANCE)
+    np.testing.assert_allclose(every.best_loss[0], t["losses"][0], **TOLERANCE)
+    np.testing.assert_allclose(every.loss[1:], t["losses"][1:], **TOLERANCE)
     np.testing.assert_allclose(last.best, t["best"], **TOLERANCE)
-    np.testing.assert_array_equal(~every.found.broken, t["robust"][1:])
+    np.testing.assert_array_equal(~every.found.broken[1:], t["robust"][1:])
     np.testing.assert_array_equal(last.found.broken, t["broken"])
     expected = np.where(t["broken"][:, None, None, None], t["adversarial"], p.images)
     np.testing.assert_allclose(last.found.adversarial, expected, **TOLERANCE)
@@ -122,43 +125,47 @@ def same(ours, theirs):
 def test_the_default_differs_from_it_where_it_says(run):
     _, published, p, start = apgd(run, faithful=True)
     _, default, _, begin = apgd(run, faithful=False)
-    np.testing.assert_array_equal(
-        begin.found.queries, 2 if default.loss == "ce" else 1
-    )  # the logits' size takes a pass
-    begin = begin._replace(found=start.found)
-    same(begin._replace(loss=start.loss), start)
-    _, theirs, _ = walk(p, published.step, start, 100)
+    same(begin, start)
+    _, theirs, _ = walk(p, published, start)
     # With 0 in place of the first loss, nothing differs where no logits are divided and nothing rests.
-    same(walk(p, default.step, begin._replace(loss=start.loss), 100)[1], theirs)
+
+    def without(p, s, i, drawn):
+        s = default.step(p, s, i, drawn)
+        return s._replace(loss=jnp.where(i == 0, 0, s.loss))
+
+    same(walk(p, default, begin, step=without)[1], theirs)
     # With that loss, the first step may count otherwise, which tells at the first checkpoint.
-    _, ours, _ = walk(p, default.step, begin, 100)
-    until = jax.tree.map(lambda a: a[: CHECKS[0]], ours)
-    counted = (ours.loss[0] > begin.loss).astype(jnp.int32) - (ours.loss[0] > 0).astype(jnp.int32)
-    same(until._replace(increases=until.increases - counted), jax.tree.map(lambda a: a[: CHECKS[0]], theirs))
+    _, ours, _ = walk(p, default, begin)
+    counted = (ours.loss[1] > ours.loss[0]).astype(jnp.int32) - (ours.loss[1] > 0).astype(jnp.int32)
+    until, expected = (jax.tree.map(lambda a: a[1 : CHECKS[0]], states) for states in (ours, theirs))
+    same(until._replace(increases=until.increases - counted), expected)
     checked = ours.size[CHECKS[0]] != theirs.size[CHECKS[0]]
     assert checked.any() == (run == "wrapped")
     assert (counted != 0)[checked].all()
     # A broken example rests at its first misclassified image.
-    last, every, seen = walk(p, lambda p, s, i: advance(default, p, s, i), begin, 100)
+    last, every, seen = walk(p, default, begin, step=functools.partial(advance, default))
     broken = np.asarray(every.found.broken)
-    steps = np.where(broken.any(0), broken.argmax(0) + 1, 100)
-    np.testing.assert_array_equal(last.found.queries, 1 + steps)  # one for the start
+    passes = np.where(broken.any(0), broken.argmax(0) + 1, 101)
+    np.testing.assert_array_equal(last.found.queries, passes)
     for row in np.flatnonzero(broken.any(0)):
-        np.testing.assert_allclose(last.found.adversarial[row], seen[steps[row] - 1, row], **TOLERANCE)
+        np.testing.assert_allclose(last.found.adversarial[row], seen[passes[row] - 1, row], **TOLERANCE)
     assert broken.any()
 
 
 def test_the_default_divides_large_logits():
     """So that the clean margin is 10; then it is the published attack on a network with such logits."""
-    t, attack, p, _ = apgd("linf-ce", faithful=False)
-    hot = dataclasses.replace(p, logits_fn=lambda x: 1000 * network(x))
-    scale = jnp.maximum(margin(hot.logits_fn(p.images), p.labels) / 10, 1)
+    _, attack, p, begin = apgd("linf-ce", faithful=False)
+    hot = dataclasses.replace(p, logits_fn=lambda x: 1000 * network(x), logits=1000 * p.logits)
+    scale = jnp.maximum(margin(hot.logits, p.labels) / 10, 1)
     assert (scale > 1).all()
     cold = dataclasses.replace(p, logits_fn=lambda x: hot.logits_fn(x) / scale[:, None])
-    begin = attack.start(hot, noise=jnp.asarray(t["noise"]))
-    _, ours, seen = walk(hot, attack.step, begin._replace(loss=jnp.zeros_like(begin.loss)), 100)
-    published = APGD("ce", faithful=True)
-    _, theirs, expected = walk(cold, published.step, published.start(cold, noise=jnp.asarray(t["noise"])), 100)
+
+    def without(p, s, i, drawn):
+        s = attack.step(p, s, i, drawn)
+        return s._replace(loss=jnp.where(i == 0, 0, s.loss))
+
+    _, ours, seen = walk(hot, attack, begin, step=without)
+    _, theirs, expected = walk(cold, APGD("ce", faithful=True), begin)
     np.testing.assert_allclose(seen, expected, **TOLERANCE)
     np.testing.assert_allclose(ours.loss, theirs.loss, **TOLERANCE)
     np.testing.assert_array_equal(ours.found.broken, theirs.found.broken)
@@ -172,7 +179,7 @@ def test_fab_is_theirs_at_every_step(norm, rank):
         problem(f"fab-{norm}-{rank or 'nearest'}", norm, rank or 2),
         FAB(targeted=rank is not None, minimal=True),
     )
-    last, every, seen = walk(p, attack.step, attack.start(p), 100)
+    last, every, seen = walk(p, attack, attack.start(p))
     theirs = np.where(t["closest"] < 1e9, t["closest"], np.inf)
     np.testing.assert_allclose(every.closest, theirs, **TOLERANCE)
     if rank:  # a step looks at where it stands, then at where it went
@@ -190,23 +197,21 @@ def test_square_is_theirs_at_every_query(norm):
     t, p = traces()[f"square-{norm}"], problem(f"square-{norm}", norm)
     queries, n = t["margins"].shape
     square = Square(steps=queries, faithful=True)
-    corners = jnp.asarray(np.repeat(t["corners"][:, None], n, 1), jnp.int32)  # one place for all examples
-    upright = jnp.asarray(np.repeat(t["upright"][:, None], n, 1))
-    drawn = Proposal(corners[..., :2], corners[..., 2:], jnp.asarray(t["signs"], p.images.dtype), upright)
-    start = square.start(p, noise=jnp.asarray(t["noise"]))
-    np.testing.assert_allclose(start.best, t["start"], **TOLERANCE)
-    np.testing.assert_allclose(start.margin, t["start_margin"], **TOLERANCE)
-
-    def proposed(p, state, i):
-        return square.step(p, state, i, proposal=jax.tree.map(lambda a: a[i], drawn))
-
-    injected = SimpleNamespace(rests=True, step=proposed)
-    last, every, seen = walk(p, lambda p, s, i: advance(injected, p, s, i), start, queries)
-    images = np.concatenate([start.best[None], every.best])
-    accepted = np.max(np.abs(images[1:] - images[:-1]), axis=(2, 3, 4)) > 1e-12  # less is a proposal to stay
+    ahead = ((1, 0),)  # the first pass has no proposal
+    corners = np.pad(np.repeat(t["corners"][:, None], n, 1), (*ahead, (0, 0), (0, 0)))  # one place for all examples
+    upright = np.pad(np.repeat(t["upright"][:, None], n, 1), (*ahead, (0, 0)))
+    signs = np.pad(t["signs"], (*ahead, (0, 0), (0, 0)))
+    more = (corners[..., 2:], upright) if norm == "l2" else ()
+    drawn = jax.tree.map(jnp.asarray, Proposal(corners[..., :2], signs, *more))
+    last, every, seen = walk(
+        p, square, square.start(p, jnp.asarray(t["noise"])), drawn, functools.partial(advance, square)
+    )
+    np.testing.assert_allclose(every.best[0], t["start"], **TOLERANCE)
+    np.testing.assert_allclose(every.margin[0], t["start_margin"], **TOLERANCE)
+    accepted = np.max(np.abs(every.best[1:] - every.best[:-1]), axis=(2, 3, 4)) > 1e-12  # less is a proposal to stay
     np.testing.assert_array_equal(accepted, t["accepted"])
-    np.testing.assert_allclose(images[1:][accepted], t["images"], **TOLERANCE)
-    margins = jax.vmap(lambda x: margin(network(x), p.labels))(jnp.asarray(seen))
+    np.testing.assert_allclose(every.best[1:][accepted], t["images"], **TOLERANCE)
+    margins = jax.vmap(lambda x: margin(network(x), p.labels))(jnp.asarray(seen[1:]))
     alive = ~np.isnan(t["margins"])
     np.testing.assert_allclose(np.asarray(margins)[alive], t["margins"][alive], **TOLERANCE)
     np.testing.assert_array_equal(last.found.queries, t["counts"])

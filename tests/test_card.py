@@ -70,7 +70,7 @@ def test_the_evidence_says_of_every_example_what_the_record_sums_up(made):
     arrays = read_arrays(folder / "examples.npz")
     row = card.record.rows[0]
     attack = arrays["AutoAttack/attack"]
-    assert [int((attack == k).sum()) for k in range(4)] == list(row.broken.values())
+    assert [int((attack == k).sum()) for k in range(5)] == list(row.broken.values())
     assert row.robust.value == np.mean(attack == -1)
     assert row.queries == arrays["AutoAttack/queries"].sum()
     images = read_arrays(folder / "adversarials.npz")
@@ -219,6 +219,12 @@ def test_every_row_is_there_once_and_noise_last(names, norm, expected):
     assert [row.name for row in rows] == expected
     more = make_rows(["full", "bandits"], ThreatModel(0.1, norm), 0.5, False, True)
     assert [row.name for row in more][-2:] == ["Bandits", "noise"]
+
+
+def test_cw_linf_is_of_linf():
+    assert "CW-Linf" not in [row.name for row in make_rows("full", ThreatModel(0.5, "l2"), 0.5, False, True)]
+    with pytest.raises(ValueError, match="under L2 take cw-l2"):
+        make_rows("cw-linf", ThreatModel(0.5, "l2"), 0.5, False, True)
 
 
 def test_a_ticket_is_named_by_its_digest():

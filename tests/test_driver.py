@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rst_jax.attacks import APGD, FAB, PGD, Found, Noise, Problem, Square
+from rst_jax.attacks import APGD, FAB, PGD, Attack, Found, Noise, Problem, Square
 from rst_jax.attacks.noise import NoiseState
 from rst_jax.driver import STANDING, WRONG, Classifier, Driver, Evidence, Examples, Row, margins, within
 from rst_jax.mesh import make_mesh
@@ -91,13 +91,13 @@ def test_nothing_hangs_on_the_order_of_the_examples(whole):
 def test_a_row_compiles_once_a_size_and_another_radius_nothing():
     driver = Driver(make_mesh(jax.devices()[:1]), 16, KEY)
     evidence(driver=driver)
-    first = dict(driver.compiled)
+    first = dict(driver.programs.compiled)
     assert all(count <= 2 * len(driver.sizes) for count in first.values())
     evidence(driver=driver, row=Row("wider", CASCADE, ThreatModel(0.061)))
-    assert sum(driver.compiled.values()) - sum(first.values()) <= 4  # a size that the first did not need
-    before = dict(driver.compiled)
+    assert sum(driver.programs.compiled.values()) - sum(first.values()) <= 4  # a size that the first did not need
+    before = dict(driver.programs.compiled)
     evidence(driver=driver, row=Row("again", CASCADE, ThreatModel(0.061)))
-    assert driver.compiled == before
+    assert driver.programs.compiled == before
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 16, 250])
@@ -167,29 +167,25 @@ def test_a_torn_batch_is_made_again(whole, tmp_path, monkeypatch):
 
 
 @dataclasses.dataclass(frozen=True)
-class Liar:
+class Liar(Attack):
     """Claims what is not so."""
 
     kind: str
     name = "Liar"
     steps = 0
     rounds = 1
-    targeted = False
-    needs_gradient = False
-    rests = True
 
-    def start(self, p: Problem) -> NoiseState:
+    def start(self, p: Problem, drawn: tuple) -> NoiseState:
+        return NoiseState(Found.clean(p))
+
+    def step(self, p: Problem, s: NoiseState, i: jax.Array, drawn: tuple) -> NoiseState:
         lies = {
             "clean": p.images,
             "far": p.images * 0 + 0.5,
             "outside": p.images + 0.05,
             "nan": p.images * jnp.nan,
         }[self.kind]
-        found = Found.nothing(p)
-        return NoiseState(found._replace(adversarial=lies, broken=jnp.ones_like(found.broken)))
-
-    def step(self, p, s, i):
-        raise AssertionError
+        return NoiseState(s.found._replace(adversarial=lies, broken=jnp.ones_like(s.found.broken)))
 
 
 @pytest.mark.parametrize("kind", ["clean", "far", "outside", "nan"])
@@ -225,3 +221,25 @@ def test_restarts_and_targets_take_up_where_the_round_before_ended():
     assert (found.round[standing] == -1).all()
     hit = found.attack == 0
     np.testing.assert_array_equal(found.round[hit] * 4 < found.queries[hit], True)
+
+
+def test_restarts_side_by_side_are_for_those_that_came_near():
+    once, near = PGD("weak", 1, 0.4), APGD(steps=3, rounds=5, near=0.5)
+    threat = ThreatModel(0.06)
+    alone = evidence(row=Row("one", (once,), threat))
+    close = alone.standing & (alone.least <= 0.5 * alone.clean)
+    assert 3 <= close.sum() < alone.standing.sum()
+    found = evidence(row=Row("two", (once, near), threat))
+    np.testing.assert_array_equal(found.queries - alone.queries > 0, close)
+    assert (found.queries[close] <= 2 + 5 * 4).all()
+    hit = found.attack == 1
+    assert hit.any()
+    assert close[hit].all()
+    assert (found.round[hit] < 5).all()
+    same(found, evidence(4, row=Row("two", (once, near), threat)))
+    # One after the other, they find the same: the first restart that breaks an example is told.
+    rounds = dataclasses.replace(near, near=float("inf"))
+    named = type("Named", (APGD,), {"name": near.name})(**dataclasses.asdict(rounds))
+    after = evidence(row=Row("three", (once, named), threat))
+    for name in ("attack", "round", "adversarial"):
+        np.testing.assert_array_equal(getattr(found, name)[hit], getattr(after, name)[hit])

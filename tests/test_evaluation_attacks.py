@@ -39,13 +39,15 @@ ATTACKS = {
     compiler_options=QUICKLY,
 )
 def path(attack, network, norm, weights, eps, images, labels, targets, keys):
-    """The states of an attack, the start's first, each array [steps + 1, N, ...]."""
-    p = Problem(lambda x: network(weights, x), ThreatModel(eps, norm), images, labels, targets, keys)
+    """The states of an attack, the start's first, each array [passes + 1, N, ...]."""
+    threat, logits = ThreatModel(eps, norm), network(weights, images)
+    p = Problem(lambda x: network(weights, x), threat, images, logits, labels, targets, keys)
+    first, drawn = attack.draw(p)
 
     def body(state, i):
-        return advance(attack, p, state, i), state
+        return advance(attack, p, state, i, drawn), state
 
-    last, states = lax.scan(body, attack.start(p), jnp.arange(attack.steps, dtype=jnp.int32))
+    last, states = lax.scan(body, attack.start(p, first), jnp.arange(attack.passes, dtype=jnp.int32))
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), states, last)
 
 
@@ -76,6 +78,7 @@ class Case:
 
     def path(self, attack, norm, eps, rank=2):
         targets = np.argsort(-self.logits(), 1, kind="stable")[:, rank - 1].astype(np.int32)
+        targets = targets if attack.targeted else np.full_like(targets, -1)
         arrays = np.float32(eps), self.images, self.labels, targets, self.keys
         return jax.tree.map(np.asarray, path(attack, self.network, norm, self.weights, *arrays))
 
@@ -279,18 +282,18 @@ def test_every_forward_pass_is_counted(attack, norm):
         return SHARED.network(SHARED.weights, x)
 
     images, labels = jnp.asarray(SHARED.images), jnp.asarray(SHARED.labels)
-    p = Problem(counting, ThreatModel(0.0, norm), images, labels, labels, SHARED.keys)
-    state = jax.eval_shape(lambda: attack.start(p))
-    at_start = len(calls)
-    jax.eval_shape(lambda state: attack.step(p, state, jnp.int32(0)), state)
-    expected = at_start + attack.steps * (len(calls) - at_start)
+    p = Problem(counting, ThreatModel(0.0, norm), images, SHARED.logits(), labels, labels, SHARED.keys)
+    first, drawn = attack.draw(p)
+    state = jax.eval_shape(lambda: attack.start(p, first))
+    assert not calls
+    jax.eval_shape(lambda state: advance(attack, p, state, jnp.int32(0), drawn), state)
     queries = SHARED.end(attack, norm, 0.0).found.queries
-    np.testing.assert_array_equal(queries[~SHARED.wrong], expected)
+    np.testing.assert_array_equal(queries[~SHARED.wrong], attack.passes * len(calls))
 
 
 def test_the_defaults_ask_what_they_say():
-    assert 1 + 3 * Bandits().steps == 10_000
-    assert CWL2().steps == 9000
+    assert 3 * Bandits().passes == 9999
+    assert CWL2().passes == 9000
     assert [a.needs_gradient for a in (MIM(), CWL2(), Bandits())] == [True, True, False]
     assert [a.rests for a in (MIM(), CWL2(), Bandits())] == [True, False, True]
 
@@ -333,7 +336,7 @@ def test_mim_gathers_gradients_over_their_mean():
         w = case.weights[0]
         way = (w[:, 1 - case.labels] - w[:, case.labels]).T
         unit = way / np.abs(way).mean(1, keepdims=True)  # of a linear model always the same
-        for row, weight in ((0, 1.0), (1, 1.5), (2, 1.75)):
+        for row, weight in ((1, 1.0), (2, 1.5), (3, 1.75)):
             standing = ~states.found.broken[row]
             np.testing.assert_allclose(
                 states.momentum[row].reshape(12, -1)[standing], weight * unit[standing], rtol=2e-4, atol=1e-5
@@ -389,8 +392,10 @@ def test_the_gradient_free_attacks_find_what_lies_well_within_the_ball():
 
 def test_found_keeps_what_it_has_where_nothing_new_counts():
     images, labels, logits = map(jnp.asarray, (SHARED.images, SHARED.labels, SHARED.logits()))
-    p = Problem(lambda x: x, ThreatModel(0.1), images, labels, labels, SHARED.keys)
-    found = Found.nothing(p).seen(p, images + 1, logits)
+    p = Problem(lambda x: x, ThreatModel(0.1), images, logits, labels, labels, SHARED.keys)
+    found = Found.clean(p)
+    np.testing.assert_array_equal(found.broken, SHARED.wrong)
+    found = found.seen(p, images + 1, logits)
     np.testing.assert_array_equal(found.broken, SHARED.wrong)
     np.testing.assert_array_equal(jnp.any(found.adversarial != images, axis=(1, 2, 3)), SHARED.wrong)
     again = found.judged(p, images + 2, logits, jnp.zeros(6, bool), jnp.zeros_like(images))
@@ -482,7 +487,7 @@ def test_squares_halve_their_area_at_the_published_queries(shape, norm):
         if norm == "l2":
             side = max(side, 3) | 1
         expected.append(min(max(side, 1), h, w))
-    assert Square(10_000).sides(shape, norm) == expected
+    assert Square(10_000).sides(shape, norm) == [0, *expected]
 
 
 def bump(height, width):

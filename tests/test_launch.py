@@ -22,7 +22,8 @@ OPTIONS = ["--config=configs/c.py", "--config.note=two words; $HOME"]
 
 # The program: its plan is a word for each start. hold: wait for SIGTERM, then end with 75; deaf: ignore SIGTERM;
 # NUMBER: end with it; after-NUMBER: the same once another process holds; hit-NUMBER: the same after SIGTERM to the
-# parent; preempt: take the slice away. $MEET processes wait for one another at each start, and end as planned then.
+# parent; preempt: take the slice away once its log is followed. $MEET processes wait for one another at each start, and
+# end as planned then.
 PROGRAM = """#!/usr/bin/env bash
 trap '' TERM
 if [ "$2" = pip ]; then exit 0; fi
@@ -42,7 +43,10 @@ case $word in
     ;;
   after-*) until compgen -G "$LOGS/held-*" > /dev/null; do sleep 0.05; done ;;
   hit-*) kill -TERM "$PPID" ;;
-  preempt) echo SUSPENDED > "$LOGS/slice" && exit 0 ;;
+  preempt)
+    until [ "$(grep -cx 'ssh 0' "$LOGS/calls")" -ge 2 ]; do sleep 0.05; done
+    echo SUSPENDED > "$LOGS/slice" && exit 0
+    ;;
 esac
 exit "${word#*-}"
 """

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from rst_jax import subnet
 from rst_jax.mesh import make_mesh
 from rst_jax.models import make_model
-from rst_jax.operations import operations, step_operations
+from rst_jax.operations import has_convolution, operations, step_operations
 from rst_jax.state import TicketState, init_variables
 from rst_jax.step import Settings, make_update
 from rst_jax.threat import ThreatModel
@@ -184,3 +184,15 @@ def test_the_formula_of_a_step_is_the_step(unroll):
     forward = operations(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), v, images)
     first = 2 * 4 * 8 * 8 * math.prod(v["params"]["conv1"]["kernel"].shape)
     assert counted == step_operations(forward, 3) - first
+
+
+def test_a_convolution_is_found_wherever_it_is():
+    kernel = jnp.ones((3, 3, 1, 2))
+
+    def convolved(x):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    x = jnp.ones((2, 5, 5, 1))
+    assert has_convolution(convolved, x)
+    assert has_convolution(lambda x: jax.lax.map(jax.jit(convolved), x[None]), x)
+    assert not has_convolution(lambda x: jnp.tanh(x.reshape(2, -1) @ jnp.ones((25, 3))), x)

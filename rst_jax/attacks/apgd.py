@@ -6,13 +6,14 @@ one, or if neither the step nor the best loss has changed since (their condition
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.attacks.attack import Found, Problem, ascent
+from rst_jax.attacks.attack import Attack, Found, Problem, ascent, draws
 from rst_jax.losses import cross_entropy, dlr, margin, targeted_dlr
 from rst_jax.threat import per_example
 
@@ -31,12 +32,11 @@ def checkpoints(steps: int) -> list[int]:
 
 
 class APGDState(NamedTuple):
-    """Of each example: where it is and was, the gradient there, the best point, and the record of the losses."""
+    """Of each example: where to look next, where it comes from, the best point, and the record of the losses."""
 
     found: Found
     x: jax.Array
     previous: jax.Array
-    gradient: jax.Array
     best: jax.Array
     best_gradient: jax.Array
     best_loss: jax.Array
@@ -45,16 +45,16 @@ class APGDState(NamedTuple):
     checked_loss: jax.Array
     reduced: jax.Array
     size: jax.Array
-    scale: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class APGD:
+class APGD(Attack):
     """Auto-PGD on cross-entropy ("ce"), DLR ("dlr") or targeted DLR ("dlr-targeted").
 
     Attributes:
       loss: what is increased.
       rounds: restarts, or targets.
+      near: only for examples whose margin was brought below so much of the clean one, all restarts side by side.
       rho: of the steps between two checkpoints, the share that must have increased the loss.
       faithful: as published: the record of losses leaves the first one out (0 stands in its place), cross-entropy is
         taken of the logits as they are, and a broken example goes on. Otherwise the logits of a clean image whose
@@ -64,14 +64,15 @@ class APGD:
     loss: Literal["ce", "dlr", "dlr-targeted"] = "ce"
     steps: int = 100
     rounds: int = 1
+    near: float = math.inf
     rho: float = 0.75
     faithful: bool = False
-    needs_gradient = True
 
     @property
     def name(self) -> str:
         """As in tables."""
-        return {"ce": "APGD-CE", "dlr": "APGD-DLR", "dlr-targeted": "APGD-T"}[self.loss]
+        known = {"ce": "APGD-CE", "dlr": "APGD-DLR", "dlr-targeted": "APGD-T"}
+        return known[self.loss] + ("" if self.near == math.inf else " near")
 
     @property
     def targeted(self) -> bool:
@@ -84,77 +85,78 @@ class APGD:
         return not self.faithful
 
     def _enough(self) -> np.ndarray:
-        """After each step: how many increases still halve the step size; -1 where there is no checkpoint."""
-        enough, last = np.full(self.steps, -1, np.int32), 0
+        """At each look: how many increases still halve the step size; -1 where there is no checkpoint."""
+        enough, last = np.full(self.passes, -1, np.int32), 0
         for at in checkpoints(self.steps):
-            enough[at - 1], last = int(self.rho * (at - last)), at
+            enough[at], last = int(self.rho * (at - last)), at
         return enough
 
-    def _losses(self, p: Problem, logits: jax.Array, scale: jax.Array) -> jax.Array:
-        if self.loss == "ce":
-            return cross_entropy(logits if self.faithful else logits / scale[:, None], p.labels)
-        return dlr(logits, p.labels) if self.loss == "dlr" else targeted_dlr(logits, p.labels, p.targets)
+    @property
+    def program(self) -> "APGD":
+        """One for cross-entropy and targets."""
+        return dataclasses.replace(self, rounds=1, near=math.inf, loss="dlr" if self.loss == "dlr" else "ce")
 
-    def start(self, p: Problem, noise: jax.Array | None = None) -> APGDState:
-        """Begin at a random point of the sphere; `noise` [N, ...] in place of the draw is scaled onto it."""
-        if noise is None:
-            draw = jax.random.normal if p.threat.norm == "l2" else _uniform
-            noise = jax.vmap(lambda key: draw(key, p.images.shape[1:], p.images.dtype))(p.keys)
-        x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(noise))
-        found, scale = Found.nothing(p), jnp.ones(p.labels.shape, p.images.dtype)
-        if self.loss == "ce" and not self.faithful:
-            clean = p.logits_fn(p.images)
-            found, scale = found.seen(p, p.images, clean), jnp.maximum(margin(clean, p.labels) / _KNEE, scale)
-        losses, logits, gradient = ascent(p, x, lambda z: self._losses(p, z, scale))
+    def _losses(self, p: Problem, logits: jax.Array) -> jax.Array:
+        if self.loss == "dlr":
+            return dlr(logits, p.labels)
+        hot = logits if self.faithful else logits / jnp.maximum(margin(p.logits, p.labels) / _KNEE, 1)[:, None]
+        losses = cross_entropy(hot, p.labels)
+        return jnp.where(p.targets < 0, losses, targeted_dlr(logits, p.labels, p.targets))
+
+    def draw(self, p: Problem) -> tuple[jax.Array, tuple[()]]:
+        """A way to start off, of any length: uniform in the cube (Linf) or normal (L2), [N, ...]."""
+        shape, dtype = p.images.shape[1:], p.images.dtype
+        if p.threat.norm == "l2":
+            return draws(jax.random.normal, p.keys, shape, dtype), ()
+        return draws(jax.random.uniform, p.keys, shape, dtype, -1, 1), ()
+
+    def start(self, p: Problem, drawn: jax.Array) -> APGDState:
+        """Begin on the sphere, where that way leads."""
+        x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(drawn))
+        zeros = jnp.zeros(p.labels.shape, x.dtype)
         return APGDState(
-            found=found.seen(p, x, logits, gradient),
+            found=Found.clean(p),
             x=x,
             previous=x,
-            gradient=gradient,
             best=x,
-            best_gradient=gradient,
-            best_loss=losses,
-            loss=jnp.zeros_like(losses) if self.faithful else losses,
+            best_gradient=x,
+            best_loss=zeros - jnp.inf,
+            loss=zeros,
             increases=jnp.zeros(p.labels.shape, jnp.int32),
-            checked_loss=losses,
+            checked_loss=zeros,
             reduced=jnp.ones(p.labels.shape, bool),
-            size=jnp.full(p.labels.shape, 2 * p.threat.eps, p.images.dtype),
-            scale=scale,
+            size=zeros + 2 * p.threat.eps,
         )
 
-    def step(self, p: Problem, s: APGDState, i: jax.Array) -> APGDState:
-        """A step with momentum, then, at a checkpoint, a look at the step size."""
-        momentum = jnp.where(i == 0, 1.0, 0.75).astype(s.x.dtype)
-        z = p.threat.ascend(s.x, s.gradient, per_example(s.size, s.x), p.images)
-        x = p.threat.project(s.x + (z - s.x) * momentum + (s.x - s.previous) * (1 - momentum), p.images)
-        losses, logits, gradient = ascent(p, x, lambda z: self._losses(p, z, s.scale))
+    def step(self, p: Problem, s: APGDState, i: jax.Array, drawn: Any = ()) -> APGDState:
+        """Look; at a checkpoint, judge the step size; take a step with momentum."""
+        losses, logits, gradient = ascent(p, s.x, lambda z: self._losses(p, z))
         better = losses > s.best_loss
         best_loss = jnp.where(better, losses, s.best_loss)
         best, best_gradient = (
-            jnp.where(per_example(better, x), new, old) for new, old in ((x, s.best), (gradient, s.best_gradient))
+            jnp.where(per_example(better, s.x), new, old) for new, old in ((s.x, s.best), (gradient, s.best_gradient))
         )
-        increases = s.increases + (losses > s.loss).astype(jnp.int32)
+        first = i == 0
+        increases = s.increases + (~first & (losses > s.loss)).astype(jnp.int32)
         enough = jnp.asarray(self._enough())[i]
         check = enough >= 0
         stuck = ~s.reduced & (s.checked_loss >= best_loss)
         halve = check & ((increases <= enough) | stuck)
-        back = per_example(halve, x)
+        back = per_example(halve, s.x)
+        size = jnp.where(halve, s.size / 2, s.size)
+        x, gradient = jnp.where(back, best, s.x), jnp.where(back, best_gradient, gradient)
+        momentum = jnp.where(first, 1.0, 0.75).astype(x.dtype)
+        z = p.threat.ascend(x, gradient, per_example(size, x), p.images)
         return APGDState(
-            found=s.found.seen(p, x, logits, gradient),
-            x=jnp.where(back, best, x),
-            previous=s.x,
-            gradient=jnp.where(back, best_gradient, gradient),
+            found=s.found.seen(p, s.x, logits, gradient),
+            x=p.threat.project(x + (z - x) * momentum + (x - s.previous) * (1 - momentum), p.images),
+            previous=x,
             best=best,
             best_gradient=best_gradient,
             best_loss=best_loss,
-            loss=losses,
+            loss=jnp.where(first & self.faithful, 0, losses),
             increases=jnp.where(check, 0, increases),
-            checked_loss=jnp.where(check, best_loss, s.checked_loss),
+            checked_loss=jnp.where(check | first, best_loss, s.checked_loss),
             reduced=jnp.where(check, halve, s.reduced),
-            size=jnp.where(halve, s.size / 2, s.size),
-            scale=s.scale,
+            size=size,
         )
-
-
-def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jax.random.uniform(key, shape, dtype, -1, 1)

@@ -2,11 +2,14 @@
 
 An attack holds its settings; everything else lies in the `Problem` and in a state whose every array has one row an
 example. So a batch can be stopped, split over devices or made of other examples, and no example's result changes.
+
+Each step looks at an image, then says where to look next; the network is in no other place.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,7 @@ class Problem:
       logits_fn: images [N, ...] to logits [N, classes].
       threat: norm, eps, box.
       images: [N, ...] in the box.
+      logits: [N, classes] of the images.
       labels: int [N].
       targets: int [N], the class that a targeted attack aims at; others do not look at it.
       keys: random keys [N], one an example.
@@ -35,6 +39,7 @@ class Problem:
     logits_fn: LogitsFn
     threat: ThreatModel
     images: jax.Array
+    logits: jax.Array
     labels: jax.Array
     targets: jax.Array
     keys: jax.Array
@@ -47,6 +52,7 @@ class Found(NamedTuple):
       adversarial: [N, ...]: a misclassified image, or the clean one.
       broken: bool [N]: `adversarial` is misclassified and within the threat model, so the attack says.
       margin: [N]: of `adversarial` (`losses.margin`).
+      least: [N]: the smallest margin of any image seen within the threat model.
       queries: int32 [N]: forward passes.
       gradients: int32 [N]: backward passes.
       flat: int32 [N]: gradients that were zero in every pixel.
@@ -55,20 +61,21 @@ class Found(NamedTuple):
     adversarial: jax.Array
     broken: jax.Array
     margin: jax.Array
+    least: jax.Array
     queries: jax.Array
     gradients: jax.Array
     flat: jax.Array
 
     @classmethod
-    def nothing(cls, p: Problem) -> "Found":
-        """Before the first pass."""
-        n = p.labels.shape[0]
-        none = jnp.zeros(n, jnp.int32)
-        return cls(p.images, jnp.zeros(n, bool), jnp.full(n, jnp.inf, p.images.dtype), none, none, none)
+    def clean(cls, p: Problem) -> "Found":
+        """Before the first pass: only what is misclassified as it is."""
+        none, now = jnp.zeros(p.labels.shape, jnp.int32), margin(p.logits, p.labels)
+        return cls(p.images, ~correct(p.logits, p.labels), now, now, none, none, none)
 
     def seen(self, p: Problem, images: jax.Array, logits: jax.Array, gradient: jax.Array | None = None) -> "Found":
         """After a pass over `images`, all within the threat model."""
-        return self.judged(p, images, logits, ~correct(logits, p.labels), gradient)
+        least = jnp.fmin(self.least, margin(logits, p.labels))  # what is not a number says nothing
+        return self._replace(least=least).judged(p, images, logits, ~correct(logits, p.labels), gradient)
 
     def judged(
         self, p: Problem, images: jax.Array, logits: jax.Array, broken: jax.Array, gradient: jax.Array | None = None
@@ -81,57 +88,73 @@ class Found(NamedTuple):
             jnp.where(per_example(broken, images), images, self.adversarial),
             self.broken | broken,
             jnp.where(broken, margin(logits, p.labels), self.margin),
+            self.least,
             self.queries + 1,
             self.gradients + int(gradient is not None),
             self.flat + flat.astype(jnp.int32),
         )
 
 
-class State(Protocol):
-    """What an attack carries from step to step: a tuple of arrays with one row an example, `found` among them."""
+class Attack:
+    """An attack's settings, and what it does with them; its class is a frozen dataclass."""
 
-    @property
-    def found(self) -> Found:
-        """What it has found so far."""
-
-
-class Attack(Protocol):
-    """An attack's settings, and what it does with them."""
+    steps: int
+    """How many a round has."""
+    rounds: int
+    """How often it starts again: restarts, or targets."""
 
     @property
     def name(self) -> str:
         """As in tables."""
+        raise NotImplementedError
 
     @property
-    def steps(self) -> int:
-        """How many steps a round has."""
-
-    @property
-    def rounds(self) -> int:
-        """How often it starts again: restarts, or targets."""
+    def passes(self) -> int:
+        """How often `step` is called in a round: most attacks look once more, at where the last step ended."""
+        return self.steps + 1
 
     @property
     def targeted(self) -> bool:
         """Whether round r aims at the class that ranks r + 2 in the clean logits."""
+        return False
 
     @property
     def needs_gradient(self) -> bool:
         """Whether `logits_fn` must be differentiable."""
+        return True
 
     @property
     def rests(self) -> bool:
         """Whether a broken example is left as it is; its result is the same however long the others take."""
+        return True
 
-    def start(self, p: Problem) -> Any:
-        """The state before the first step."""
+    @property
+    def near(self) -> float:
+        """It is for examples whose margin was brought below so much of the clean one; their rounds run side by side."""
+        return math.inf
 
-    def step(self, p: Problem, state: Any, i: jax.Array) -> Any:
-        """The state after step i, counted from 0."""
+    @property
+    def program(self) -> "Attack":
+        """Attacks that are the same program, given their problems, have the same."""
+        return self
+
+    def draw(self, p: Problem) -> tuple[Any, Any]:
+        """What is random: for the start, arrays [N, ...], and for the steps, [passes, N, ...], where that is little."""
+        return (), ()
+
+    def start(self, p: Problem, drawn: Any) -> Any:
+        """The state before the first step, without a pass through the network."""
+        raise NotImplementedError
+
+    def step(self, p: Problem, s: Any, i: jax.Array, drawn: Any) -> Any:
+        """The state after step i, counted from 0, with its part [N, ...] of what was drawn."""
+        raise NotImplementedError
 
 
-def advance(attack: Attack, p: Problem, state: Any, i: jax.Array) -> Any:
-    """One step, in which broken examples rest if the attack lets them."""
-    after = attack.step(p, state, i)
+def advance(attack: Attack, p: Problem, state: Any, i: jax.Array, drawn: Any) -> Any:
+    """One step, in which broken examples rest if the attack lets them; `drawn` is for all steps."""
+    now = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), drawn)
+    after = attack.step(p, state, i, now)
     if not attack.rests:
         return after
     done = state.found.broken
@@ -144,11 +167,12 @@ def advance(attack: Attack, p: Problem, state: Any, i: jax.Array) -> Any:
 
 def run(attack: Attack, p: Problem) -> Found:
     """One round of an attack as one program."""
+    first, drawn = attack.draw(p)
 
     def body(state: Any, i: jax.Array) -> tuple[Any, None]:
-        return advance(attack, p, state, i), None
+        return advance(attack, p, state, i, drawn), None
 
-    state, _ = lax.scan(body, attack.start(p), jnp.arange(attack.steps, dtype=jnp.int32))
+    state, _ = lax.scan(body, attack.start(p, first), jnp.arange(attack.passes, dtype=jnp.int32))
     return state.found
 
 
@@ -166,11 +190,12 @@ def ascent(
     return losses, logits, gradient
 
 
-def ranked(logits: jax.Array, rank: int) -> jax.Array:
-    """The class of each example whose logit is the `rank`-th largest, counted from 1: int32 [N]."""
-    return lax.top_k(logits, rank)[1][:, -1].astype(jnp.int32)
-
-
-def step_keys(p: Problem, i: jax.Array) -> jax.Array:
+def step_keys(p: Problem, i: jax.Array | int) -> jax.Array:
     """A key an example for step i."""
     return jax.vmap(jax.random.fold_in, (0, None))(p.keys, i)
+
+
+def draws(draw: Callable[..., jax.Array], keys: jax.Array, shape: tuple[int, ...], *options: Any) -> jax.Array:
+    """Draws [N, *shape] of `draw(key, shape, *options)` from keys [N]; XLA compiles it in half the time when flat."""
+    size = math.prod(shape)
+    return jax.vmap(lambda key: draw(key, (size,), *options))(keys).reshape(-1, *shape)

@@ -9,12 +9,12 @@ v+ = tanh(artanh(v) + r estimate). The image then takes a projected step along v
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rst_jax.attacks.attack import Found, Problem, step_keys
+from rst_jax.attacks.attack import Attack, Found, Problem, step_keys
 from rst_jax.losses import cross_entropy
 from rst_jax.threat import l2_norm, per_example
 
@@ -28,13 +28,13 @@ class BanditsState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bandits:
+class Bandits(Attack):
     """Bandits-TD on cross-entropy; a step costs three queries: two for the estimate and one to look at the image.
 
     The authors give settings for ImageNet only. Ours are theirs, but for tiles of 4 pixels, which are about as large
     as theirs (50 by 50 of them in 224 by 224 pixels); steps of the image of 0.1 eps, as theirs are under L2 (Linf:
     0.2); and a probe of 0.1 under L2 too (theirs: 0.01), which leaves more digits of a float32 loss. The looks, which
-    the authors do not count, are counted here, so that 3333 steps are their 10,000 queries.
+    the authors do not count, are counted here, so that 3333 steps are 9,999 of their 10,000 queries.
 
     Attributes:
       step_size: of the image, in units of eps.
@@ -52,17 +52,20 @@ class Bandits:
     exploration: float | None = None
     rate: float | None = None
     name = "Bandits"
-    targeted = False
     needs_gradient = False
-    rests = True
 
-    def start(self, p: Problem) -> BanditsState:
+    @property
+    def passes(self) -> int:
+        """The steps."""
+        return self.steps
+
+    def start(self, p: Problem, drawn: Any = ()) -> BanditsState:
         """Begin at the clean image, with a prior of zero."""
         n, h, w, c = p.images.shape
         prior = jnp.zeros((n, -(-h // self.tile), -(-w // self.tile), c), p.images.dtype)
-        return BanditsState(Found.nothing(p).seen(p, p.images, p.logits_fn(p.images)), p.images, prior)
+        return BanditsState(Found.clean(p), p.images, prior)
 
-    def step(self, p: Problem, s: BanditsState, i: jax.Array) -> BanditsState:
+    def step(self, p: Problem, s: BanditsState, i: jax.Array, drawn: Any = ()) -> BanditsState:
         """Estimate, update the prior, move, look."""
         rough = p.threat.norm == "linf"
         exploration = (1.0 if rough else 0.01) if self.exploration is None else self.exploration

@@ -6,12 +6,12 @@ failed after a success; after a failure ten times as large, or halfway up to the
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rst_jax.attacks.attack import Found, Problem, ascent
+from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import correct, margin
 from rst_jax.threat import ThreatModel, l2_norm, per_example
 
@@ -38,7 +38,7 @@ class CWState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class CWL2:
+class CWL2(Attack):
     """Carlini-Wagner L2 with confidence 0 and without early abort (deterministic).
 
     Whatever the threat model's norm, the closest image in L2 is sought; it counts as found if it is also within the
@@ -57,19 +57,16 @@ class CWL2:
     c: float = 1e-3
     rounds = 1
     name = "CW-L2"
-    targeted = False
-    needs_gradient = True
     rests = False
 
     @property
-    def steps(self) -> int:
+    def passes(self) -> int:
         """Iterations of all searches."""
         return self.iterations * self.searches
 
-    def start(self, p: Problem) -> CWState:
-        """Look at the clean image: where it is misclassified, nothing is closer."""
-        logits = p.logits_fn(p.images)
-        found = Found.nothing(p).seen(p, p.images, logits)
+    def start(self, p: Problem, drawn: Any = ()) -> CWState:
+        """Begin at the clean image; where that is misclassified, nothing is closer."""
+        found = Found.clean(p)
         zeros, n = jnp.zeros_like(p.images), jnp.zeros(p.labels.shape, p.images.dtype)
         return CWState(
             found=found,
@@ -84,7 +81,7 @@ class CWL2:
             reached=jnp.zeros(n.shape, bool),
         )
 
-    def step(self, p: Problem, s: CWState, i: jax.Array) -> CWState:
+    def step(self, p: Problem, s: CWState, i: jax.Array, drawn: Any = ()) -> CWState:
         """Look at the image at w, then move w; first, where a search step begins, choose c and go back."""
         s = self._searched(p, s, i)
         x = _image(p.threat, s.w)

@@ -5,13 +5,13 @@ between the two (overshooting by eta), and steps back towards the clean image by
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rst_jax.attacks.attack import Found, Problem, ascent
+from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import at, correct
 from rst_jax.threat import ThreatModel, flat, per_example
 
@@ -27,7 +27,7 @@ class FABState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class FAB:
+class FAB(Attack):
     """FAB from the clean image (deterministic), targeted (FAB-T) or against the class whose boundary is nearest.
 
     Attributes:
@@ -45,7 +45,6 @@ class FAB:
     beta: float = 0.9
     alpha_max: float = 0.1
     minimal: bool = False
-    needs_gradient = True
 
     @property
     def name(self) -> str:
@@ -57,12 +56,17 @@ class FAB:
         """Broken examples rest, unless the closest image is wanted."""
         return not self.minimal
 
-    def start(self, p: Problem) -> FABState:
+    @property
+    def passes(self) -> int:
+        """The steps; each looks at where it stands and at where it goes."""
+        return self.steps
+
+    def start(self, p: Problem, drawn: Any = ()) -> FABState:
         """Begin at the clean image."""
-        found = Found.nothing(p).seen(p, p.images, p.logits_fn(p.images))
+        found = Found.clean(p)
         return FABState(found, p.images, jnp.where(found.broken, 0, jnp.inf).astype(p.images.dtype))
 
-    def step(self, p: Problem, s: FABState, i: jax.Array) -> FABState:
+    def step(self, p: Problem, s: FABState, i: jax.Array, drawn: Any = ()) -> FABState:
         """Linearise, project, mix, look, step back."""
         difference, gradient = self._boundary(p, s.x)
         offset = jnp.sum(flat(gradient) * flat(s.x), axis=-1) - difference

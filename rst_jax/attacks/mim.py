@@ -4,18 +4,18 @@ The gradient is divided by its mean absolute value, so that early and late steps
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rst_jax.attacks.attack import Found, Problem, ascent
+from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import cross_entropy
-from rst_jax.threat import per_example
+from rst_jax.threat import flat, per_example
 
 
 class MIMState(NamedTuple):
-    """Of each example: where it is, and the gradients gathered up to there."""
+    """Of each example: where to look next, and the gradients gathered so far."""
 
     found: Found
     x: jax.Array
@@ -23,7 +23,7 @@ class MIMState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class MIM:
+class MIM(Attack):
     """MIM on cross-entropy from the clean image (deterministic); success at any iterate counts.
 
     Attributes:
@@ -36,21 +36,16 @@ class MIM:
     mu: float = 1.0
     rounds = 1
     name = "MIM"
-    targeted = False
-    needs_gradient = True
-    rests = True
 
-    def _looked_at(self, p: Problem, x: jax.Array, s: MIMState) -> MIMState:
-        _, logits, gradient = ascent(p, x, lambda z: cross_entropy(z, p.labels))
-        mean = jnp.mean(jnp.abs(gradient), axis=tuple(range(1, x.ndim)))
-        unit = gradient / per_example(jnp.where(mean == 0, 1, mean), x)
-        return MIMState(s.found.seen(p, x, logits, gradient), x, self.mu * s.momentum + unit)
-
-    def start(self, p: Problem) -> MIMState:
+    def start(self, p: Problem, drawn: Any = ()) -> MIMState:
         """Begin at the clean image."""
-        return self._looked_at(p, p.images, MIMState(Found.nothing(p), p.images, jnp.zeros_like(p.images)))
+        return MIMState(Found.clean(p), p.images, jnp.zeros_like(p.images))
 
-    def step(self, p: Problem, s: MIMState, i: jax.Array) -> MIMState:
-        """One projected step along the gathered gradients."""
+    def step(self, p: Problem, s: MIMState, i: jax.Array, drawn: Any = ()) -> MIMState:
+        """Look, gather the gradient, and take a projected step along what is gathered."""
+        _, logits, gradient = ascent(p, s.x, lambda z: cross_entropy(z, p.labels))
+        mean = jnp.mean(jnp.abs(flat(gradient)), axis=-1)
+        momentum = self.mu * s.momentum + gradient / per_example(jnp.where(mean == 0, 1, mean), s.x)
         size = (1 / self.steps if self.step_size is None else self.step_size) * p.threat.eps
-        return self._looked_at(p, p.threat.ascend(s.x, s.momentum, size, p.images), s)
+        found = s.found.seen(p, s.x, logits, gradient)
+        return MIMState(found, p.threat.ascend(s.x, momentum, size, p.images), momentum)

@@ -1,35 +1,42 @@
 """Uniform noise from the ball: the baseline that every attack must beat."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from rst_jax.attacks.attack import Found, Problem
+from rst_jax.attacks.attack import Attack, Found, Problem, step_keys
 
 
 class NoiseState(NamedTuple):
-    """One draw an example."""
+    """What the draws have found."""
 
     found: Found
 
 
 @dataclasses.dataclass(frozen=True)
-class Noise:
-    """Uniform draws from the ball, one a round."""
+class Noise(Attack):
+    """Uniform draws from the ball.
 
-    rounds: int = 10
-    steps = 0
+    Attributes:
+      draws: so many.
+    """
+
+    draws: int = 10
+    rounds = 1
     name = "noise"
-    targeted = False
     needs_gradient = False
-    rests = True
 
-    def start(self, p: Problem) -> NoiseState:
+    @property
+    def passes(self) -> int:
+        """The draws."""
+        return self.draws
+
+    def start(self, p: Problem, drawn: Any = ()) -> NoiseState:
+        """Nothing yet."""
+        return NoiseState(Found.clean(p))
+
+    def step(self, p: Problem, s: NoiseState, i: jax.Array, drawn: Any = ()) -> NoiseState:
         """One draw."""
-        x = p.threat.project(p.images + p.threat.noise(p.keys, p.images), p.images)
-        return NoiseState(Found.nothing(p).seen(p, x, p.logits_fn(x)))
-
-    def step(self, p: Problem, s: NoiseState, i: jax.Array) -> NoiseState:
-        """Nothing more."""
-        return s
+        x = p.threat.project(p.images + p.threat.noise(step_keys(p, i), p.images), p.images)
+        return NoiseState(s.found.seen(p, x, p.logits_fn(x)))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rst_jax.attacks.attack import Found, Problem, ascent
+from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import correct, cross_entropy, margin
 from rst_jax.threat import ThreatModel, per_example
 
@@ -81,47 +81,55 @@ def pgd(
 
 
 class PGDState(NamedTuple):
-    """Of each example: where it is, and the gradient there."""
+    """Of each example: where to look next."""
 
     found: Found
     x: jax.Array
-    gradient: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class PGD:
+class PGD(Attack):
     """PGD on cross-entropy or, as CW-Linf, on the margin; success at any iterate counts.
 
     Attributes:
-      name: as in tables: PGD-20, FGSM, ...
+      title: its name: PGD-20, FGSM, ...
       step_size: in units of eps.
       rounds: restarts.
       random_start: uniform in the ball.
       loss: "ce" or "margin".
     """
 
-    name: str
+    title: str
     steps: int
     step_size: float
     rounds: int = 1
     random_start: bool = True
     loss: Literal["ce", "margin"] = "ce"
-    targeted = False
-    needs_gradient = True
-    rests = True
 
-    def _looked_at(self, p: Problem, x: jax.Array, found: Found) -> PGDState:
+    @property
+    def name(self) -> str:
+        """As in tables."""
+        return self.title
+
+    @property
+    def program(self) -> "PGD":
+        """Restarts share one."""
+        return dataclasses.replace(self, rounds=1)
+
+    def draw(self, p: Problem) -> tuple[jax.Array, tuple[()]]:
+        """Noise of the ball [N, ...], or 0."""
+        return p.threat.noise(p.keys, p.images) if self.random_start else jnp.zeros_like(p.images), ()
+
+    def start(self, p: Problem, drawn: jax.Array) -> PGDState:
+        """Begin at the image with the noise."""
+        return PGDState(Found.clean(p), p.threat.project(p.images + drawn, p.images))
+
+    def step(self, p: Problem, s: PGDState, i: jax.Array, drawn: Any = ()) -> PGDState:
+        """Look, and take a projected step."""
+
         def loss(logits: jax.Array) -> jax.Array:
             return cross_entropy(logits, p.labels) if self.loss == "ce" else -margin(logits, p.labels)
 
-        _, logits, gradient = ascent(p, x, loss)
-        return PGDState(found.seen(p, x, logits, gradient), x, gradient)
-
-    def start(self, p: Problem) -> PGDState:
-        """Begin at the image, or at a random point of the ball."""
-        x = p.threat.project(p.images + p.threat.noise(p.keys, p.images), p.images) if self.random_start else p.images
-        return self._looked_at(p, x, Found.nothing(p))
-
-    def step(self, p: Problem, s: PGDState, i: jax.Array) -> PGDState:
-        """One projected step."""
-        return self._looked_at(p, p.threat.ascend(s.x, s.gradient, self.step_size * p.threat.eps, p.images), s.found)
+        _, logits, gradient = ascent(p, s.x, loss)
+        x = p.threat.ascend(s.x, gradient, self.step_size * p.threat.eps, p.images)
+        return PGDState(s.found.seen(p, s.x, logits, gradient), x)

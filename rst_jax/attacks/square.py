@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.attacks.attack import Found, Problem, step_keys
+from rst_jax.attacks.attack import Attack, Found, Problem, draws
 from rst_jax.losses import margin
 from rst_jax.threat import l2_norm, per_example
 
@@ -28,22 +28,23 @@ class SquareState(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """What a step draws for each example.
+    """What the steps draw for each example.
 
     Attributes:
-      corner: int32 [N, 2], first row and column of the square; other: of the window that L2 empties.
-      signs: [N, C], of each channel.
-      upright: bool [N], how the L2 pattern lies.
+      corner: int16 [..., N, 2], first row and column of the square.
+      signs: int8 [..., N, C], of each channel.
+      other: of L2, as `corner`, of the window that is emptied.
+      upright: of L2, bool [..., N], how the pattern lies.
     """
 
     corner: jax.Array
-    other: jax.Array
     signs: jax.Array
-    upright: jax.Array
+    other: jax.Array | None = None
+    upright: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Square:
+class Square(Attack):
     """Square Attack on the margin.
 
     Attributes:
@@ -59,23 +60,12 @@ class Square:
     share: float = 0.8
     faithful: bool = False
     name = "Square"
-    targeted = False
     needs_gradient = False
-    rests = True
-
-    def start(self, p: Problem, noise: jax.Array | None = None) -> SquareState:
-        """Begin with vertical stripes of +-eps (Linf) or tiles of patterns (L2); `noise` stands in for the draw."""
-        if noise is None:
-            draw = _stripes if p.threat.norm == "linf" else _tiles
-            noise = jax.vmap(lambda key: draw(key, p.images.shape[1:], p.images.dtype))(p.keys)
-        x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(noise))
-        logits = p.logits_fn(x)
-        return SquareState(Found.nothing(p).seen(p, x, logits), x, margin(logits, p.labels))
 
     def sides(self, shape: tuple[int, ...], norm: str) -> list[int]:
-        """The side of the square of each step, in pixels, for images [H, W, C]."""
+        """The side of the square of each step, in pixels, for images [H, W, C]; the first one looks and has none."""
         h, w, _ = shape
-        found = []
+        found = [0]
         for i in range(self.steps):
             share = self.share / 2 ** sum(i > after for after in _HALVED_AFTER)
             side = max(round(math.sqrt(share * h * w)), 1 if norm == "linf" else 3)
@@ -83,36 +73,48 @@ class Square:
             found.append(min(side, h, w))
         return found
 
-    def draw(self, p: Problem, i: jax.Array) -> Proposal:
-        """The proposal of step i, from each example's key."""
+    def draw(self, p: Problem) -> tuple[jax.Array, Proposal]:
+        """A pattern of the whole image and all proposals, from each example's key."""
         h, w, c = p.images.shape[1:]
-        side = jnp.asarray(self.sides((h, w, c), p.threat.norm), jnp.int32)[i]
-        places = jnp.stack([h - side, w - side]) + (0 if self.faithful else 1)
+        sides = np.asarray(self.sides((h, w, c), p.threat.norm))[:, None]
+        places = jnp.asarray(np.asarray([h, w]) - sides + (0 if self.faithful else 1), jnp.float32)
+        l2 = p.threat.norm == "l2"
+        count = math.prod(_tiling(h, w)) if l2 else w
+        # Of a step: signs, two coordinates, and for L2 two more and a way to lie; one draw compiles fastest.
+        u = draws(jax.random.uniform, p.keys, (count + self.passes, c + (5 if l2 else 2)), jnp.float32)
+        first, each = u[:, :count], u[:, count:].swapaxes(0, 1)
 
-        def one(key: jax.Array) -> Proposal:
-            where, sign, lie = jax.random.split(key, 3)
-            corners = jnp.floor(jax.random.uniform(where, (2, 2)) * places.astype(jnp.float32)).astype(jnp.int32)
-            signs = jax.random.rademacher(sign, (c,), p.images.dtype)
-            return Proposal(corners[0], corners[1], signs, jax.random.bernoulli(lie))
+        def corners(u: jax.Array) -> jax.Array:
+            return jnp.floor(u * places[:, None]).astype(jnp.int16)
 
-        return jax.vmap(one)(step_keys(p, i))
+        proposals = Proposal(corners(each[..., c : c + 2]), _signs(each, c))
+        if l2:
+            proposals = proposals._replace(other=corners(each[..., c + 2 : c + 4]), upright=_lies(each))
+        return _tiles(first, p.images) if l2 else _stripes(first, p.images), proposals
 
-    def step(self, p: Problem, s: SquareState, i: jax.Array, proposal: Proposal | None = None) -> SquareState:
-        """One query; `proposal` stands in for the draw."""
-        drawn = self.draw(p, i) if proposal is None else proposal
+    def start(self, p: Problem, drawn: jax.Array) -> SquareState:
+        """Begin with the pattern, scaled to eps."""
+        x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(drawn))
+        return SquareState(Found.clean(p), x, jnp.full(p.labels.shape, jnp.inf, x.dtype))
+
+    def step(self, p: Problem, s: SquareState, i: jax.Array, drawn: Proposal) -> SquareState:
+        """One query: of where it starts, then of a proposal."""
+        signs = drawn.signs.astype(p.images.dtype)[:, None, None, :]
+        corner = drawn.corner.astype(jnp.int32)
         sides = self.sides(p.images.shape[1:], p.threat.norm)
-        window = _window(drawn.corner, jnp.asarray(sides, jnp.int32)[i], p.images)
-        if p.threat.norm == "linf":
-            step = 2 * p.threat.eps * drawn.signs[:, None, None, :]
-            x = p.threat.project(s.best + jnp.where(window, step, 0), p.images)
+        side = jnp.asarray(sides, jnp.int32)[i]
+        window = _window(corner, side, p.images)
+        if drawn.other is None or drawn.upright is None:
+            x = p.threat.project(s.best + jnp.where(window, 2 * p.threat.eps * signs, 0), p.images)
         else:
-            emptied = _window(drawn.other, jnp.asarray(sides, jnp.int32)[i], p.images)
+            emptied = _window(drawn.other.astype(jnp.int32), side, p.images)
             kinds = sorted(set(sides))
             kind = jnp.asarray([kinds.index(side) for side in sides], jnp.int32)[i]
             patterns = jnp.asarray(np.stack([_canvas(side, p.images.shape[1:3]) for side in kinds]), s.best.dtype)
-            pattern = _placed(patterns[kind], drawn.corner, drawn.upright)[..., None] * drawn.signs[:, None, None, :]
+            pattern = _placed(patterns[kind], corner, drawn.upright)[..., None] * signs
             delta = _exchanged(s.best - p.images, window, emptied, pattern, p.threat.eps)
             x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(delta))
+        x = jnp.where(i == 0, s.best, x)
         logits = p.logits_fn(x)
         now = margin(logits, p.labels)
         better = (now < s.margin) | (now <= 0)
@@ -148,30 +150,40 @@ def _exchanged(
     return jnp.where(window, new, jnp.where(emptied, 0, delta))
 
 
-def _stripes(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    _, w, c = shape
-    return jnp.broadcast_to(jax.random.rademacher(key, (1, w, c), dtype), shape)
+def _signs(u: jax.Array, channels: int) -> jax.Array:
+    """int8 [..., C]."""
+    return jnp.where(u[..., :channels] < 0.5, -1, 1).astype(jnp.int8)
 
 
-def _tiles(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Five by five tiles of patterns, each with its own sign in every channel and its own way to lie."""
-    h, w, c = shape
+def _lies(u: jax.Array) -> jax.Array:
+    return u[..., -1] < 0.5
+
+
+def _stripes(u: jax.Array, images: jax.Array) -> jax.Array:
+    """Vertical stripes with a sign in every column and channel: [N, H, W, C] of u [N, W, ...]."""
+    return jnp.broadcast_to(_signs(u, images.shape[-1])[:, None].astype(images.dtype), images.shape)
+
+
+def _tiling(h: int, w: int) -> tuple[int, int]:
+    """Rows and columns of tiles, five or so."""
     side = max(h // 5, 1)
-    first = (h - 5 * side) // 2
-    rows, columns = (np.arange(n) - first for n in (h, w))
-    inside = ((rows >= 0) & (rows // side < h // side))[:, None] & ((columns >= 0) & (columns // side < w // side))[
-        None
-    ]
-    across = max(w // side, 1)
+    return max(h // side, 1), max(w // side, 1)
+
+
+def _tiles(u: jax.Array, images: jax.Array) -> jax.Array:
+    """Tiles of patterns, each with signs of its own and its own way to lie: [N, H, W, C] of u [N, tiles, ...]."""
+    h, w = images.shape[1:3]
+    down, across = _tiling(h, w)
+    side = max(h // 5, 1)
+    rows, columns = (np.arange(n) - (h - 5 * side) // 2 for n in (h, w))
+    inside = ((rows >= 0) & (rows // side < down))[:, None] & ((columns >= 0) & (columns // side < across))[None]
     tile = np.where(inside, (rows // side)[:, None] * across + (columns // side)[None], 0)
-    upright = pattern(side)[rows[:, None] % side, columns[None] % side]
-    lying = pattern(side).T[rows[:, None] % side, columns[None] % side]
-    signs_key, lie_key = jax.random.split(key)
-    tiles = max(h // side, 1) * across
-    signs = jax.random.rademacher(signs_key, (tiles, c), dtype)[tile]
-    lies = jax.random.bernoulli(lie_key, shape=(tiles,))[tile]
-    values = jnp.where(lies, jnp.asarray(upright * inside, dtype), jnp.asarray(lying * inside, dtype))
-    return values[..., None] * signs
+    upright, lying = (
+        jnp.asarray(kind[rows[:, None] % side, columns[None] % side] * inside, images.dtype)
+        for kind in (pattern(side), pattern(side).T)
+    )
+    signs = _signs(u, images.shape[-1]).astype(images.dtype)
+    return jnp.where(_lies(u)[:, tile], upright, lying)[..., None] * signs[:, tile]
 
 
 def pattern(side: int) -> np.ndarray:

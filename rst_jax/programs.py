@@ -1,0 +1,116 @@
+"""The compiled programs of attacks: the same for all rows, radii, restarts and networks of one shape."""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from rst_jax.attacks.attack import Attack, Problem, advance
+from rst_jax.mesh import AXIS, on_cpu
+from rst_jax.operations import has_convolution
+from rst_jax.threat import ThreatModel
+
+Tree = Any
+Apply = Callable[[Tree, jax.Array], jax.Array]
+_SPECS = {"r": PartitionSpec(AXIS), "s": PartitionSpec(None, AXIS), "v": PartitionSpec()}
+Fixed = tuple[Any, ...]  # variables, eps, images, logits, labels, targets, key data
+
+
+class Programs:
+    """Makes programs when they are first needed, and keeps them.
+
+    Args:
+      mesh: all devices.
+
+    Attributes:
+      compiled: how many were made, for each attack.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.mesh, self._slow = mesh, dict[Apply, bool]()
+        self.compiled: dict[str, int] = {}
+        self._kept: dict[Any, Any] = {}
+
+    def logits(self, apply: Apply) -> Callable:
+        """(variables, images [N, ...]) to logits [N, classes]."""
+        return self._program(("logits", apply), apply, "vr", "r", "logits")
+
+    def keys(self) -> Callable:
+        """(key data [2], rounds [N], ids [N]) to key data [N, 2]."""
+        return self._program(("keys",), _keys, "vrr", "r", "keys")
+
+    def one_by_one(self, apply: Apply, fixed: Fixed) -> bool:
+        """Whether steps are better called one by one: in loops, XLA's gradients of convolutions are slow on a CPU."""
+        if apply not in self._slow:
+            variables, _, images, *_ = fixed
+            self._slow[apply] = on_cpu(self.mesh) and has_convolution(apply, variables, images)
+        return self._slow[apply]
+
+    def attack(self, attack: Attack, threat: ThreatModel, apply: Apply, fixed: Fixed) -> tuple[Callable, Callable]:
+        """Of an attack: fixed to (state, drawn), and (fixed, drawn, state, i, last) to (state, i).
+
+        The second makes the step i, or all up to `last`, which it ends early when every example is broken; it gives up
+        the state it was given.
+        """
+        box, program = (threat.norm, threat.lower, threat.upper), attack.program
+
+        def problem(variables: Tree, eps: jax.Array, *rows: jax.Array) -> Problem:
+            images, logits, labels, targets, keys = rows
+            network, there = partial(apply, variables), ThreatModel(eps, *box)
+            return Problem(network, there, images, logits, labels, targets, jax.random.wrap_key_data(keys))
+
+        def start(*fixed: Any) -> Any:
+            p = problem(*fixed)
+            first, drawn = program.draw(p)
+            return program.start(p, first), drawn
+
+        def step(*arguments: Any) -> Any:
+            *fixed, drawn, state, i, _ = arguments
+            return advance(program, problem(*fixed), state, i, drawn), i + 1
+
+        def steps(*arguments: Any) -> Any:
+            *fixed, state, i, last = arguments
+
+            def go(carry: tuple) -> jax.Array:
+                return (carry[1] < last) & ~(program.rests & carry[0].found.broken.all())
+
+            state, _ = lax.while_loop(go, lambda carry: step(*fixed, *carry, last), (state, i))
+            return state, last
+
+        name = (program, apply, *box)
+        begin = self._program((*name, "start"), start, "vvrrrrr", "rs", attack.name)
+        many = step if self.one_by_one(apply, fixed) else steps
+        return begin, self._program((*name, "steps"), many, "vvrrrrr" + "srvv", "rv", attack.name)
+
+    def _program(self, name: Any, inner: Callable, kinds: str, results: str, counted_as: str) -> Any:
+        """A function over the mesh, kept under its name; compiled once for each batch size.
+
+        `kinds` of its arguments and results: r(ows), s(teps of rows), or v(alues that all devices hold). A step, which
+        takes such, gives up its state: the last rows among its arguments.
+        """
+        if name not in self._kept:
+            specs, out = (tuple(_SPECS[k] for k in those) for those in (kinds, results))
+
+            def counted(*arguments: Any) -> Any:  # runs once a compilation
+                self.compiled[counted_as] = self.compiled.get(counted_as, 0) + 1
+                return inner(*arguments)
+
+            mapped = jax.shard_map(
+                counted, mesh=self.mesh, in_specs=specs, out_specs=out if len(out) > 1 else out[0], check_vma=False
+            )
+            # On a CPU, LLVM's later passes cost more time than they bring.
+            options = {"xla_backend_optimization_level": 1} if on_cpu(self.mesh) else {}
+            donated = kinds.rindex("r") if "s" in kinds else ()
+            self._kept[name] = jax.jit(mapped, donate_argnums=donated, compiler_options=options)
+        return self._kept[name]
+
+
+def _keys(key: jax.Array, *numbers: jax.Array) -> jax.Array:
+    def one(*numbers: jax.Array) -> jax.Array:
+        return jax.random.key_data(functools.reduce(jax.random.fold_in, numbers, jax.random.wrap_key_data(key)))
+
+    return jax.vmap(one)(*numbers)
