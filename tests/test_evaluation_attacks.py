@@ -78,7 +78,7 @@ class Case:
 
     def path(self, attack, norm, eps, rank=2):
         targets = np.argsort(-self.logits(), 1, kind="stable")[:, rank - 1].astype(np.int32)
-        targets = targets if attack.targeted else np.full_like(targets, -1)
+        targets = targets if rank else np.full_like(targets, -1)
         arrays = np.float32(eps), self.images, self.labels, targets, self.keys
         return jax.tree.map(np.asarray, path(attack, self.network, norm, self.weights, *arrays))
 
@@ -296,6 +296,17 @@ def test_the_defaults_ask_what_they_say():
     assert CWL2().passes == 9000
     assert [a.needs_gradient for a in (MIM(), CWL2(), Bandits())] == [True, True, False]
     assert [a.rests for a in (MIM(), CWL2(), Bandits())] == [True, False, True]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_program_serves_cross_entropy_and_targets(norm):
+    eps = 0.05 if norm == "linf" else 0.2
+    for attack, rank in ((APGD("ce", 6), 0), (APGD("dlr-targeted", 6, rounds=9), 3)):
+        assert attack.program == APGD("by target", 6)
+        apart, together = (SHARED.path(a, norm, eps, rank) for a in (attack, attack.program))
+        for a, b in zip(jax.tree.leaves(apart), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert APGD("dlr").program == APGD("dlr")
 
 
 # Logits on another scale

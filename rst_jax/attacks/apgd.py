@@ -51,6 +51,8 @@ class APGDState(NamedTuple):
 class APGD(Attack):
     """Auto-PGD on cross-entropy ("ce"), DLR ("dlr") or targeted DLR ("dlr-targeted").
 
+    "by target" is one program for two: targeted DLR for an example that has a target, cross-entropy for one without.
+
     Attributes:
       loss: what is increased.
       rounds: restarts, or targets.
@@ -61,7 +63,7 @@ class APGD(Attack):
         margin is above 10 are divided so that it is 10, where float32 still sees the label's part of the gradient.
     """
 
-    loss: Literal["ce", "dlr", "dlr-targeted"] = "ce"
+    loss: Literal["ce", "dlr", "dlr-targeted", "by target"] = "ce"
     steps: int = 100
     rounds: int = 1
     near: float = math.inf
@@ -71,7 +73,7 @@ class APGD(Attack):
     @property
     def name(self) -> str:
         """As in tables."""
-        known = {"ce": "APGD-CE", "dlr": "APGD-DLR", "dlr-targeted": "APGD-T"}
+        known = {"ce": "APGD-CE", "dlr": "APGD-DLR", "dlr-targeted": "APGD-T", "by target": "APGD"}
         return known[self.loss] + ("" if self.near == math.inf else " near")
 
     @property
@@ -93,14 +95,18 @@ class APGD(Attack):
 
     @property
     def program(self) -> "APGD":
-        """One for cross-entropy and targets."""
-        return dataclasses.replace(self, rounds=1, near=math.inf, loss="dlr" if self.loss == "dlr" else "ce")
+        """One for cross-entropy and targets, however many runs."""
+        return dataclasses.replace(self, rounds=1, near=math.inf, loss="dlr" if self.loss == "dlr" else "by target")
 
     def _losses(self, p: Problem, logits: jax.Array) -> jax.Array:
         if self.loss == "dlr":
             return dlr(logits, p.labels)
-        hot = logits if self.faithful else logits / jnp.maximum(margin(p.logits, p.labels) / _KNEE, 1)[:, None]
-        losses = cross_entropy(hot, p.labels)
+        if self.loss == "dlr-targeted":
+            return targeted_dlr(logits, p.labels, p.targets)
+        heat = jnp.maximum(margin(p.logits, p.labels) / _KNEE, 1)[:, None]
+        losses = cross_entropy(logits if self.faithful else logits / heat, p.labels)
+        if self.loss == "ce":
+            return losses
         return jnp.where(p.targets < 0, losses, targeted_dlr(logits, p.labels, p.targets))
 
     def draw(self, p: Problem) -> tuple[jax.Array, tuple[()]]:

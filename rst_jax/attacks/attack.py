@@ -32,7 +32,7 @@ class Problem:
       images: [N, ...] in the box.
       logits: [N, classes] of the images.
       labels: int [N].
-      targets: int [N], the class that a targeted attack aims at; others do not look at it.
+      targets: int [N], the class that a targeted attack aims at; -1 for the others.
       keys: random keys [N], one an example.
     """
 
