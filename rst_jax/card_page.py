@@ -50,8 +50,8 @@ def _pictures(folder: Path, record: CardRecord) -> list[tuple[str, str, str]]:
         (
             "Accuracy over eps and over effort",
             _curves(record, arrays),
-            "Left: over the radius of the ball, to where every image can be reached (0 is expected there). Middle: "
-            "over the passes spent on an example. Right: over restarts, for attacks that have them.",
+            "First: over the radius of the ball, to where every image can be reached (0 is expected there). Second: "
+            "over the passes spent on an example. Third, if an attack has restarts: over them.",
         ),
         (
             "Adversarial images",
@@ -63,7 +63,9 @@ def _pictures(folder: Path, record: CardRecord) -> list[tuple[str, str, str]]:
 
 
 def _curves(record: CardRecord, arrays: dict[str, np.ndarray]) -> str:
-    figure, (left, middle, right) = figure_of(10, 3.2, 3)
+    restarted = [row for row in record.rows if len(row.attacks) == 1 and row.rounds[0] > 1]
+    figure, panels = figure_of(10, 3.2, 3 if restarted else 2)
+    left, middle, right = (*panels, None)[:3]
     if s := record.sweep:
         left.plot(s.eps, [100 * r for r in s.robust], color=ROBUST, marker="o", markersize=4)
         left.set_xscale("symlog", linthresh=max(min((e for e in s.eps if e), default=1e-3), 1e-6))
@@ -83,16 +85,16 @@ def _curves(record: CardRecord, arrays: dict[str, np.ndarray]) -> str:
             label=row.name,
         )
         rounds = arrays[f"{row.name}/round"][broken]
-        if len(row.attacks) == 1 and (count := row.rounds[0]) > 1:
-            left_after = [start - share * (rounds <= r).sum() for r in range(count)]
-            right.plot(range(1, count + 1), left_after, color=colour, marker="o", markersize=3, label=row.name)
+        if row in restarted:
+            left_after = [start - share * (rounds <= r).sum() for r in range(row.rounds[0])]
+            right.plot(range(1, row.rounds[0] + 1), left_after, color=colour, marker="o", markersize=3, label=row.name)
     middle.set_xscale("log")
     middle.set_xlabel("passes an example")
     middle.legend(frameon=False, fontsize=7)
-    right.set_xlabel("restarts")
-    if right.has_data():
+    if restarted:
+        right.set_xlabel("restarts")
         right.legend(frameon=False, fontsize=7)
-    for axes in (left, middle, right):
+    for axes in panels:
         axes.set_ylim(0, 102)
         axes.grid(axis="y", color="#e4e8eb")
     left.set_ylabel("robust accuracy (%)")
