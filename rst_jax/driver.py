@@ -150,7 +150,9 @@ class Evidence:
         return self.attack == STANDING
 
     def pending(self, attack: Attack) -> np.ndarray:
-        """Whom an attack would meet now: int [...]."""
+        """Whom an attack would meet now: their numbers, in order."""
+        if attack.near == np.inf:  # also those whose clean margin is 0
+            return np.flatnonzero(self.standing)
         return np.flatnonzero(self.standing & (self.least <= attack.near * self.clean))
 
 

@@ -22,7 +22,7 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
 def split_cpu() -> None:
     """Make two devices of a CPU with several cores, unless XLA_FLAGS or an earlier use of JAX have settled it.
 
-    Small programs, whose kernels do not fill a second core, so run nearly twice as fast.
+    The kernels of small programs do not fill a second core; so each half of a batch has its own.
     """
     settled = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if (os.cpu_count() or 1) > 1 and not settled:

@@ -89,5 +89,5 @@ def described(attack: Any) -> str:
     """An attack with all its settings, the passes and rounds first."""
     settings = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
     first = {"passes": attack.passes, "rounds": attack.rounds}
-    rest = {name: value for name, value in settings.items() if name not in ("name", *first)}
+    rest = {name: value for name, value in settings.items() if name not in ("title", *first)}
     return f"{attack.name}(" + ", ".join(f"{name}={value}" for name, value in {**first, **rest}.items()) + ")"

@@ -223,6 +223,19 @@ def test_restarts_and_targets_take_up_where_the_round_before_ended():
     np.testing.assert_array_equal(found.round[hit] * 4 < found.queries[hit], True)
 
 
+def test_an_example_that_ties_is_attacked():
+    """Its clean margin is 0 and it counts as right, since the first of equal logits names the class."""
+    driver = made(16, 1)
+    images = np.full_like(IMAGES, 0.5)
+    tied = Classifier(lambda _, x: jnp.stack([0 * x[:, 0, 0, 0] + 0.5, x[:, 0, 0, 0]], -1))
+    logits = driver.logits(tied, images)
+    assert (logits[:, 0] == logits[:, 1]).all()
+    e = Examples(images, np.zeros(N, np.int32), np.arange(N, dtype=np.int32), logits)
+    found = driver.run(Row("all", (PGD("PGD-3", 3, 0.5),), ThreatModel(0.06)), tied, e)
+    assert (found.queries > 0).all()
+    assert not found.standing.any()
+
+
 def test_restarts_side_by_side_are_for_those_that_came_near():
     once, near = PGD("weak", 1, 0.4), APGD(steps=3, rounds=5, near=0.5)
     threat = ThreatModel(0.06)
