@@ -27,7 +27,8 @@ import optax
 from jax.experimental.compilation_cache import compilation_cache
 
 from rst_jax.attacks import autoattack
-from rst_jax.driver import Classifier, Driver, Evidence, Examples, Row
+from rst_jax.driver import Classifier, Driver, Row
+from rst_jax.evidence import Evidence, Examples
 from rst_jax.mesh import make_mesh, split_cpu
 from rst_jax.models.resnet import ResNet
 from rst_jax.records import provenance, read_arrays, write_arrays, write_json

@@ -5,7 +5,8 @@ defence = rst_jax.R2S(tickets);            logits = defence(images, key)
 card = rst_jax.evaluate(logits_fn, images, labels, rst_jax.ThreatModel(8 / 255))
 """
 
-from rst_jax.card import Card, evaluate, load_card, replay
+from rst_jax.card import Card, evaluate, replay
+from rst_jax.card_table import load_card
 from rst_jax.r2s import R2S, load_r2s
 from rst_jax.threat import ThreatModel
 from rst_jax.ticket import Ticket, load_ticket

@@ -3,47 +3,52 @@
     card = rst_jax.evaluate(logits_fn, images, labels, rst_jax.ThreatModel(8 / 255), attacks="autoattack")
     print(card)
 
-A card's folder holds `card.json`, `examples.npz` (arrays over the examples, a row's under its name) and, where they are
-kept, `adversarials.npz`; while it is being made, also `question.json` and the finished batches.
+A card's folder holds `card.json`; `examples.npz` (arrays over the examples, a row's under its name); `gallery.npz`, a
+few images to look at; where they are kept, `adversarials.npz`; `question.json`, what was asked; and `rows/`, each
+finished row and, until it is finished, its batches, from which the same call goes on.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from rst_jax.card_table import table
 from rst_jax.checks import check_function, check_row, check_rows, check_sweep, verdict
-from rst_jax.driver import Classifier, Driver, Evidence, Examples, Row, correct
+from rst_jax.claims import hold, read_record, refuse_foreign
+from rst_jax.driver import Driver, Row
+from rst_jax.evidence import WRONG, Evidence, Examples, correct
 from rst_jax.mesh import is_main, make_mesh, on_main
 from rst_jax.records import (
-    Accuracy,
+    PRECISION,
     CardRecord,
+    Check,
+    Curve,
     RowRecord,
     Sweep,
     accuracy,
     digest,
     provenance,
     read_arrays,
-    read_json,
     write_arrays,
     write_json,
 )
 from rst_jax.rows import described, make_rows, sweep_rows
+from rst_jax.subject import Subject, check_question, key_data, of_function
 from rst_jax.threat import ThreatModel
 from rst_jax.ticket import Ticket
 
 Tree = Any
-_FORMAT = 1
+_FORMAT = 2
 _FRAGILE = 1e-4
 _SHOWN = 10
-_PRECISION = "float32, highest matmul precision"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,54 +118,53 @@ def evaluate(
 
     Args:
       logits_fn: float32 images [N, H, W, C] to logits [N, classes], the same whenever it is called. A function that JAX
-        cannot trace (a network of another library) is called with NumPy arrays; only attacks without gradients
-        ("square", "bandits") can be run on it.
+        cannot trace (a network of another library) is called with NumPy arrays; on it, and where JAX has no gradient,
+        only attacks without gradients ("square", "bandits") can be run.
       images: float32 [n, H, W, C] in the threat model's box; labels: integers [n].
       threat_model: norm, eps, box.
       attacks: "autoattack", "full", or names of `rows.ATTACKS`, each of which makes a row.
-      key: of all random draws; `jax.random.key(0)` if not given.
+      key: of all random draws, as `jax.random.key` makes them; `jax.random.key(0)` if not given.
       batch_size: examples a program takes at most. Results do not hang on it.
       faithful: keep the published attacks' quirks, for comparison with them.
       eps_l2: of the L2 row of "full".
       folder: where the card goes. Called again with the same arguments after a kill, the evaluation goes on from the
         last finished batch.
       keep_images: also write the adversarial images.
-      ids: the examples' identities, int [n]; random draws follow from them. Their place if not given.
+      ids: the examples' identities, different integers [n] that fit 32 bits; random draws follow from them. Their place
+        if not given.
       subject, dataset: names for the card.
 
     Raises:
-      ValueError: images, labels, logits or names that are not right, or a folder that holds another evaluation.
+      ValueError: images, labels, ids, key, radius, logits or names that are not right, or a folder that holds another
+        evaluation or is in use.
     """
     images, labels = np.asarray(images), np.asarray(labels)
-    _check_examples(images, labels, threat_model)
-    classifier, raw, traced = _classifier(logits_fn, images)
-    mesh = make_mesh() if traced else make_mesh(jax.devices()[:1])
-    key_data = np.asarray(jax.random.key_data(jax.random.key(0) if key is None else key))
-    driver = Driver(mesh, batch_size, key_data)
+    ids = np.arange(len(images)) if ids is None else np.asarray(ids)
+    check_question(images, labels, ids, threat_model)
+    start = key_data(key)
+    what = of_function(logits_fn, images)
+    driver = Driver(_devices(what), batch_size, start)
     return measure(
         driver,
-        classifier,
-        raw,
+        what,
         images,
         labels,
-        np.arange(len(images), dtype=np.int32) if ids is None else np.asarray(ids, np.int32),
+        ids.astype(np.int32),
         threat_model,
         attacks=attacks,
         faithful=faithful,
         eps_l2=eps_l2,
         folder=None if folder is None else Path(folder),
         keep_images=keep_images,
-        subject=subject or (logits_fn.meta.get("name", "ticket") if isinstance(logits_fn, Ticket) else "logits_fn"),
+        name=subject or (logits_fn.meta.get("name", "ticket") if isinstance(logits_fn, Ticket) else "logits_fn"),
         subject_digest=logits_fn.digest if isinstance(logits_fn, Ticket) else "",
         dataset=dataset,
-        differentiable=traced,
     )
 
 
 def measure(
     driver: Driver,
-    classifier: Classifier,
-    raw: Callable[[np.ndarray], np.ndarray],
+    subject: Subject,
     images: np.ndarray,
     labels: np.ndarray,
     ids: np.ndarray,
@@ -171,12 +175,12 @@ def measure(
     eps_l2: float = 0.5,
     folder: Path | None = None,
     keep_images: bool = False,
-    subject: str,
+    name: str,
     subject_digest: str = "",
     dataset: str,
-    differentiable: bool = True,
 ) -> Card:
     """As `evaluate`, with a driver whose programs are kept for the next classifier of the same shape."""
+    classifier = subject.classifier
     logits = driver.logits(classifier, images)
     if not np.isfinite(logits).all():
         place = int(np.flatnonzero(~np.isfinite(logits).all(-1))[0])
@@ -187,58 +191,68 @@ def measure(
             f"{labels.min()} to {labels.max()}."
         )
     examples = Examples(images, labels.astype(np.int32), ids, logits)
-    rows = make_rows(attacks, threat, eps_l2, faithful, differentiable)
-    swept = sweep_rows(threat, images[0].size, differentiable)
-    subject_digest = subject_digest or digest({"logits": logits})
+    rows = make_rows(attacks, threat, eps_l2, faithful, subject.differentiable)
+    swept = sweep_rows(threat, images[0].size, subject.differentiable)
+    classes = logits.shape[-1]
+    function_digest = digest({"program": np.asarray(subject.program(images)), "logits": logits})
+    subject_digest = subject_digest or function_digest
     images_digest = digest({"images": images, "labels": examples.labels, "ids": ids})
     mode, seed = "faithful" if faithful else "default", driver.key.astype(">u4").tobytes().hex()
-    if folder:
-        question = {
-            "format": _FORMAT,
-            "model": subject_digest,
-            "images": images_digest,
-            "threat models": [f"{row.threat.norm} {row.threat.eps:.6g}" for row in rows],
-            "attacks": [[described(attack) for attack in row.attacks] for row in rows],
-            "mode": mode,
-            "seed": seed,
-        }
-        on_main(partial(_claim, folder, question))
-    checks = check_function(raw, partial(driver.logits, classifier), images)
-    found = [driver.run(row, classifier, examples, _place(folder, row.name)) for row in rows]
-    curve = [driver.run(row, classifier, examples, _place(folder, f"sweep {row.threat.eps:.6g}")) for row in swept]
-    for row, evidence in zip(rows, found, strict=True):
-        some = examples.first(row.examples)
-        for check in check_row(row, evidence, some.logits, some.labels):
-            checks.append(dataclasses.replace(check, name=f"{row.name}: {check.name}"))
-    checks += check_rows(rows, found)
-    n = len(curve[0].attack)
-    eps = [0.0, *(float(row.threat.eps) for row in swept)]
-    robust = [float(examples.right[:n].mean()), *(float(e.standing.mean()) for e in curve)]
-    checks += check_sweep(eps, robust, n)
-    record = CardRecord(
-        subject=subject,
-        subject_digest=subject_digest,
-        dataset=dataset,
-        images_digest=images_digest,
-        n=len(images),
-        mode=mode,
-        seed=seed,
-        precision=_PRECISION,
-        clean=accuracy(examples.right),
-        rows=[_row_record(row, e) for row, e in zip(rows, found, strict=True)],
-        sweep=Sweep(described(swept[0].attacks[0]), threat.norm, eps, robust, n),
-        checks=checks,
-        verdict=verdict(checks),
-        provenance=provenance(),
-    )
-    card = Card(record, found, examples)
-    if folder and is_main():
-        card.save(folder, keep_images)
+    box = [float(threat.lower), float(threat.upper)]
+    question = {
+        "format": _FORMAT,
+        "model": [subject_digest, function_digest],
+        "images": images_digest,
+        "threat models": [f"{r.threat.norm} {float(r.threat.eps)!r} in {box}" for r in rows],
+        "attacks": [[described(attack, classes) for attack in row.attacks] for row in rows],
+        "mode": mode,
+        "seed": seed,
+    }
+    with contextlib.ExitStack() as held:
+        if folder:
+            on_main(partial(_claim, folder, question, held))
+
+        def run(row: Row, name: str) -> Evidence:
+            return driver.run(row, classifier, examples, folder / "rows" / name if folder else None)
+
+        checks = check_function(subject.raw, partial(driver.logits, classifier), images, threat)
+        found = [run(row, row.name.lower().replace(" ", "-")) for row in rows]
+        curve = [run(row, f"sweep-{float(row.threat.eps)!r}") for row in swept]
+        for row, evidence in zip(rows, found, strict=True):
+            some = examples.first(row.examples)
+            checks += _named(row.name, check_row(row, evidence, some.logits, some.labels))
+        checks += check_rows(rows, found)
+        n = len(curve[0].attack)
+        eps = [0.0, *(float(row.threat.eps) for row in swept)]
+        robust = [float(examples.right[:n].mean()), *(float(e.standing.mean()) for e in curve)]
+        checks += _named("sweep", check_sweep(eps, robust, n, *curve))
+        record = CardRecord(
+            subject=name,
+            subject_digest=subject_digest,
+            dataset=dataset,
+            images_digest=images_digest,
+            n=len(images),
+            box=box,
+            mode=mode,
+            seed=seed,
+            precision=PRECISION,
+            clean=accuracy(examples.right),
+            rows=[_row_record(row, e, examples) for row, e in zip(rows, found, strict=True)],
+            sweep=Sweep(described(swept[0].attacks[0], classes), threat.norm, eps, robust, n),
+            checks=checks,
+            verdict=verdict(checks),
+            provenance=provenance(),
+        )
+        card = Card(record, found, examples)
+        if folder and is_main():
+            card.save(folder, keep_images)
     return card
 
 
-def replay(logits_fn: Callable[..., Any], folder: str | Path) -> dict[str, float]:
-    """Transfer: accuracy of another classifier on the adversarial images that a card has kept, row by row, and "clean".
+def replay(logits_fn: Callable[..., Any], folder: str | Path) -> dict[str, tuple[float, int]]:
+    """Transfer: accuracy of another classifier on the images that a card has kept, and how many these are.
+
+    Of each row its adversarial images (and the clean ones that it did not break), and of "clean" the clean ones.
 
     Raises:
       ValueError: the card kept no images, or the classifier takes others.
@@ -248,120 +262,73 @@ def replay(logits_fn: Callable[..., Any], folder: str | Path) -> dict[str, float
         raise ValueError(f"{path}: there are no adversarial images; evaluate with keep_images (--keep_images).")
     arrays = read_arrays(path)
     labels = arrays["label"]
-    classifier, _, traced = _classifier(logits_fn, arrays["clean"])
-    driver = Driver(make_mesh() if traced else make_mesh(jax.devices()[:1]), 250, np.zeros(2, np.uint32))
+    subject = of_function(logits_fn, arrays["clean"])
+    driver = Driver(_devices(subject), 250, np.zeros(2, np.uint32))
 
-    def right(images: np.ndarray) -> float:
-        return float(correct(driver.logits(classifier, images), labels[: len(images)]).mean())
+    def right(images: np.ndarray) -> tuple[float, int]:
+        n = len(images)
+        return float(correct(driver.logits(subject.classifier, images), labels[:n]).mean()), n
 
     return {name: right(value) for name, value in arrays.items() if value.ndim == 4}
 
 
-def of_ticket(ticket: Ticket) -> Classifier:
-    """A ticket as what the driver takes; tickets of one network share programs."""
-    return Classifier(_apply(ticket.module), ticket.variables)
+def _named(row: str, checks: Iterable[Check]) -> list[Check]:
+    return [dataclasses.replace(check, name=f"{row}: {check.name}") for check in checks]
 
 
-@lru_cache(maxsize=32)
-def _apply(module: nn.Module) -> Callable[[Tree, jax.Array], jax.Array]:
-    return partial(module.apply, train=False)  # type: ignore[return-value]
+def _devices(subject: Subject) -> Mesh:
+    """All, or one where the function is another library's."""
+    return make_mesh() if subject.traced else make_mesh(jax.devices()[:1])
 
 
-def _classifier(
-    logits_fn: Callable[..., Any], images: np.ndarray
-) -> tuple[Classifier, Callable[[np.ndarray], np.ndarray], bool]:
-    """The function as a classifier, as it is on NumPy arrays, and whether JAX can trace it."""
+def _row_record(row: Row, e: Evidence, examples: Examples) -> RowRecord:
+    classes, ids = examples.logits.shape[-1], examples.ids[: len(e.attack)]
+    rounds = [attack.rounds_of(classes) for attack in row.attacks]
+    broken, attacked = e.attack >= 0, e.attack != WRONG
+    median = float(np.median(e.closest[attacked])) if np.isfinite(e.closest).any() else np.inf
+    spent = e.queries + e.gradients
+    most = int(spent.max(initial=1))
+    efforts = sorted({k * 10**p for p in range(9) for k in (1, 2, 5) if k * 10**p < most} | {most})
+    several = len(rounds) == 1 and rounds[0] > 1
 
-    def raw(x: np.ndarray) -> np.ndarray:
-        with jax.default_matmul_precision("highest"):
-            return np.asarray(logits_fn(x))
+    def left(beaten: Iterable[np.ndarray]) -> list[float]:
+        return [float((attacked & ~(broken & early)).mean()) for early in beaten]
 
-    first = raw(images[:2])
-    if first.ndim != 2 or len(first) != len(images[:2]) or first.shape[1] < 2:
-        raise ValueError(
-            f"logits_fn must give logits [N, classes], at least two; for images {list(images[:2].shape)} it gave "
-            f"{list(first.shape)}."
-        )
-    if not np.issubdtype(first.dtype, np.floating):
-        raise ValueError(f"logits_fn must give floats; got {first.dtype}.")
-    if isinstance(logits_fn, Ticket):
-        return of_ticket(logits_fn), raw, True
-    try:
-        jax.eval_shape(logits_fn, jax.ShapeDtypeStruct(images[:2].shape, jnp.float32))
-    except Exception:  # whatever another library says of a tracer
-        classes = first.shape[1]
-
-        def outside(x: Any) -> np.ndarray:
-            return np.asarray(logits_fn(np.asarray(x)), np.float32)
-
-        def called(_: Tree, x: jax.Array) -> jax.Array:
-            return jax.pure_callback(outside, jax.ShapeDtypeStruct((x.shape[0], classes), jnp.float32), x)
-
-        return Classifier(called), raw, False
-    return Classifier(lambda _, x: jnp.asarray(logits_fn(x), jnp.float32)), raw, True
-
-
-def _check_examples(images: np.ndarray, labels: np.ndarray, threat: ThreatModel) -> None:
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"images must be [n, H, W, C], at least one; got {list(images.shape)}.")
-    if images.dtype != np.float32:
-        hint = " Divide integers by 255." if np.issubdtype(images.dtype, np.integer) else ""
-        raise ValueError(f"images must be float32 in [{threat.lower:g}, {threat.upper:g}]; got {images.dtype}.{hint}")
-    low, high = float(images.min()), float(images.max())
-    if not (low >= threat.lower and high <= threat.upper):
-        raise ValueError(
-            f"images must lie in [{threat.lower:g}, {threat.upper:g}]; got values from {low:.4g} to {high:.4g}."
-        )
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"labels must be integers [{len(images)}], one an image; got {labels.dtype} {list(labels.shape)}."
-        )
-
-
-def _row_record(row: Row, e: Evidence) -> RowRecord:
-    measured = np.isfinite(e.closest).any()
-    attacked = e.attack != -2
-    median = float(np.median(e.closest[attacked])) if measured else None
     return RowRecord(
         name=row.name,
         norm=row.threat.norm,
         eps=float(row.threat.eps),
-        attacks=[described(attack) for attack in row.attacks],
-        rounds=[attack.rounds for attack in row.attacks],
+        attacks=[described(attack, classes) for attack in row.attacks],
+        rounds=rounds,
         robust=accuracy(e.standing),
         broken={attack.name: int((e.attack == k).sum()) for k, attack in enumerate(row.attacks)},
         unverified=int(e.unverified.sum()),
-        fragile=int(((e.attack >= 0) & (np.abs(e.margin) < _FRAGILE)).sum()),
-        median_distance=median if median is not None and np.isfinite(median) else None,
+        fragile=ids[broken & (np.abs(e.margin) < _FRAGILE)].tolist(),
+        median_distance=median if np.isfinite(median) else None,
         queries=int(e.queries.sum()),
         gradients=int(e.gradients.sum()),
+        over_passes=Curve(efforts, left(spent <= effort for effort in efforts)),
+        over_rounds=Curve(list(range(1, rounds[0] + 1)), left(e.round < r + 1 for r in range(rounds[0])))
+        if several
+        else None,
     )
 
 
-def _place(folder: Path | None, name: str) -> Path | None:
-    return folder / "rows" / name.lower().replace(" ", "-") if folder else None
-
-
-def _claim(folder: Path, question: dict[str, Any]) -> None:
+def _claim(folder: Path, question: dict[str, Any], held: contextlib.ExitStack) -> None:
     """Hold a folder for this evaluation, or refuse it where it holds another."""
-    path = folder / "question.json"
+    path, called = folder / "question.json", str(folder)
     question = json.loads(json.dumps(question))
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; take a folder.")
-    if not path.exists():
-        if folder.exists() and any(p.name[0] != "." for p in folder.iterdir()):
-            raise ValueError(f"{folder} holds other files and no evaluation; take an empty or a new folder.")
+    refuse_foreign(folder, path.name, called, "evaluation")
+    hold(folder, called, "folder", held)
+    before = read_record(path, "folder")
+    if before is None:
         write_json(path, question)
         return
-    try:
-        before = json.loads(path.read_text())
-        changed = [
-            f"{name} was {_short(before.get(name))}, now {_short(now)}"
-            for name, now in question.items()
-            if before.get(name) != now
-        ]
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); take a new folder.") from error
+    changed = [
+        f"{name} was {_short(before.get(name))}, now {_short(now)}"
+        for name, now in question.items()
+        if before.get(name) != now
+    ]
     if changed:
         raise ValueError(f"{folder} belongs to another evaluation: {'; '.join(changed)}. Take a new folder.")
 
@@ -369,61 +336,3 @@ def _claim(folder: Path, question: dict[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:32]}..."
-
-
-def load_card(path: str | Path) -> CardRecord:
-    """A card's record from its folder or its card.json.
-
-    Raises:
-      ValueError: there is none.
-    """
-    path = Path(path)
-    path = path / "card.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"there is no card at {path}; rst_jax evaluate writes one.")
-    return read_json(path, CardRecord)
-
-
-def row_cells(record: CardRecord) -> tuple[list[str], list[list[str]]]:
-    """The header and the lines of a card's table."""
-
-    def percent(a: Accuracy) -> str:
-        return f"{100 * a.value:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]"
-
-    lines = [["clean", "", percent(record.clean), f"{record.clean.n:,}", "", ""]]
-    for row in record.rows:
-        by = ", ".join(f"{name} {count}" for name, count in row.broken.items() if count) or "-"
-        by += f"; {row.unverified} not verified" if row.unverified else ""
-        by += f"; {row.fragile} fragile" if row.fragile else ""
-        by += f"; median L2 {row.median_distance:.4g}" if row.median_distance is not None else ""
-        where = f"{row.norm} {pretty_eps(row.eps)}"
-        passes = f"{row.queries + row.gradients:,}"
-        lines.append([row.name, where, percent(row.robust), f"{row.robust.n:,}", by, passes])
-    return ["attack", "threat model", "robust %", "n", "broken by", "passes"], lines
-
-
-def table(record: CardRecord) -> str:
-    """A card as text for a terminal."""
-    header, lines = row_cells(record)
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    told = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [header, *lines]]
-    told.insert(1, "  ".join("-" * w for w in widths))
-    if s := record.sweep:
-        points = ", ".join(f"{e:.3g}: {100 * r:.1f}" for e, r in zip(s.eps, s.robust, strict=True))
-        told += ["", f"robust % of the first {s.n:,} over eps ({s.norm}, {s.attack.split('(')[0]}): {points}"]
-    p = record.provenance
-    told += [
-        "",
-        f"{record.subject} ({record.subject_digest[:12]}) on {record.dataset}; 95 % intervals; {record.mode} mode, "
-        f"seed {record.seed}; {record.precision}; rst_jax {p.version} ({p.revision}), jax {p.libraries['jax']}, "
-        f"{p.hardware}",
-        f"checks: {sum(c.passed for c in record.checks)} of {len(record.checks)} passed",
-        f"verdict: {record.verdict}",
-    ]
-    return "\n".join(told)
-
-
-def pretty_eps(eps: float) -> str:
-    """8/255 as such, other radii as decimals."""
-    levels = eps * 255
-    return f"{round(levels)}/255" if eps and abs(levels - round(levels)) < 1e-6 else f"{eps:.4g}"

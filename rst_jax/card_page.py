@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rst_jax.card import load_card, row_cells
+from rst_jax.card_table import load_card, row_cells
 from rst_jax.page import CYCLE, ROBUST, figure_of, pairs, render, svg, table
 from rst_jax.records import CardRecord, read_arrays, write_text
 
@@ -49,9 +49,9 @@ def _pictures(folder: Path, record: CardRecord) -> list[tuple[str, str, str]]:
     return [
         (
             "Accuracy over eps and over effort",
-            _curves(record, arrays),
+            _curves(record),
             "First: over the radius of the ball, to where every image can be reached (0 is expected there). Second: "
-            "over the passes spent on an example. Third, if an attack has restarts: over them.",
+            "over the passes spent on an example. Third, if an attack has restarts or targets: over them.",
         ),
         (
             "Adversarial images",
@@ -62,38 +62,25 @@ def _pictures(folder: Path, record: CardRecord) -> list[tuple[str, str, str]]:
     ]
 
 
-def _curves(record: CardRecord, arrays: dict[str, np.ndarray]) -> str:
-    restarted = [row for row in record.rows if len(row.attacks) == 1 and row.rounds[0] > 1]
-    figure, panels = figure_of(10, 3.2, 3 if restarted else 2)
-    left, middle, right = (*panels, None)[:3]
+def _curves(record: CardRecord) -> str:
+    several = any(row.over_rounds for row in record.rows)
+    figure, panels = figure_of(10, 3.2, 3 if several else 2)
+    left, middle, *right = panels
     if s := record.sweep:
         left.plot(s.eps, [100 * r for r in s.robust], color=ROBUST, marker="o", markersize=4)
         left.set_xscale("symlog", linthresh=max(min((e for e in s.eps if e), default=1e-3), 1e-6))
         left.set_xlabel(f"eps ({s.norm})")
     for i, row in enumerate(record.rows):
-        broken = arrays[f"{row.name}/attack"] >= 0
-        share = 100 / len(broken)
-        start = share * (arrays[f"{row.name}/attack"] != -2).sum()
-        spent = arrays[f"{row.name}/queries"] + arrays[f"{row.name}/gradients"]
-        passes = np.sort(spent[broken])
-        colour = CYCLE[i % len(CYCLE)]
-        middle.step(
-            [1, *passes, spent.max()],
-            [start, *(start - share * np.arange(1, len(passes) + 1)), start - share * len(passes)],
-            color=colour,
-            where="post",
-            label=row.name,
-        )
-        rounds = arrays[f"{row.name}/round"][broken]
-        if row in restarted:
-            left_after = [start - share * (rounds <= r).sum() for r in range(row.rounds[0])]
-            right.plot(range(1, row.rounds[0] + 1), left_after, color=colour, marker="o", markersize=3, label=row.name)
+        for curve, axes in ((row.over_passes, middle), (row.over_rounds, right[0] if right else None)):
+            if curve and axes:
+                percent = [100 * r for r in curve.robust]
+                axes.plot(curve.effort, percent, color=CYCLE[i % len(CYCLE)], marker="o", markersize=3, label=row.name)
     middle.set_xscale("log")
     middle.set_xlabel("passes an example")
-    middle.legend(frameon=False, fontsize=7)
-    if restarted:
-        right.set_xlabel("restarts")
-        right.legend(frameon=False, fontsize=7)
+    for axes in right:
+        axes.set_xlabel("restarts or targets")
+    for axes in (middle, *right):
+        axes.legend(frameon=False, fontsize=7)
     for axes in panels:
         axes.set_ylim(0, 102)
         axes.grid(axis="y", color="#e4e8eb")

@@ -10,25 +10,29 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rst_jax.driver import Evidence, Row, margins
+from rst_jax.driver import Row
+from rst_jax.evidence import Evidence, margins
 from rst_jax.records import Check
+from rst_jax.threat import ThreatModel
 
 _SAME = 1e-4  # difference of logits, over their norm
 _SHARE = 0.1  # of the standing examples
 _POINTS = 0.002  # of all examples; the published check of Square
 _SATURATED = 16.6  # a margin from which a float32 softmax is exactly 1 at the label: -log(2^-24)
 _PROBED = 64  # images
-_NUDGE = 0.25 / 255  # of every pixel: less than half a grey level of eight bits
+_NUDGE = 0.25 / 255  # of the box, for every pixel: less than half a grey level of eight bits
+_PASSES = 200  # as many as PGD-100 or one run of Auto-PGD looks forward and back
 
 Logits = Callable[[np.ndarray], np.ndarray]
 
 
-def check_function(raw: Logits, compiled: Logits, images: np.ndarray) -> list[Check]:
+def check_function(raw: Logits, compiled: Logits, images: np.ndarray, threat: ThreatModel) -> list[Check]:
     """Checks of the classifier alone.
 
     Args:
       raw: the function itself, called as it is; compiled: as the attacks call it.
       images: float32 [n, ...]; the first 64 are looked at.
+      threat: for its box.
     """
     x = images[:_PROBED]
     first = raw(x)
@@ -40,11 +44,13 @@ def check_function(raw: Logits, compiled: Logits, images: np.ndarray) -> list[Ch
         "half of the images alone": _apart(first[:half], raw(x[:half])),
     }
     worst = max(distance, key=lambda name: distance[name])
-    total = first.sum(-1)
-    probable = bool((first >= -1e-5).all() and (first <= 1 + 1e-5).all() and np.abs(total - 1).max() < 1e-3)
-    noise = np.where(np.random.Philox(key=0).random_raw(x.size).reshape(x.shape) % 2, _NUDGE, -_NUDGE)
-    inward = np.where((x + noise < 0) | (x + noise > 1), -noise, noise).astype(np.float32)
-    unmoved = float((raw(x + inward) == first).all(-1).mean())
+    total = first.astype(np.float64).sum(-1)
+    shares = bool((first >= -1e-5).all() and np.ptp(total) < 1e-3 * np.abs(total).max())  # of one whole
+    unit = bool((first >= -1e-5).all() and (first <= 1 + 1e-5).all())
+    nudge = _NUDGE * (threat.upper - threat.lower)
+    noise = np.where(np.random.Philox(key=0).random_raw(x.size).reshape(x.shape) % 2, nudge, -nudge)
+    inward = np.where((x + noise < threat.lower) | (x + noise > threat.upper), -noise, noise)
+    unmoved = float((raw((x + inward).astype(np.float32)) == first).all(-1).mean())
     return [
         Check(
             "deterministic",
@@ -56,10 +62,11 @@ def check_function(raw: Logits, compiled: Logits, images: np.ndarray) -> list[Ch
         ),
         Check(
             "logits",
-            not probable,
-            "invalid",
+            not (shares or unit),
+            "invalid" if shares else "suspect",
             f"outputs lie in [{first.min():.3g}, {first.max():.3g}] and sum to {total.min():.3g} to {total.max():.3g}",
-            "these are probabilities, whose gradients vanish where the network is sure; give logits",
+            ("these are" if shares else "these look like")
+            + " probabilities, whose gradients vanish where the network is sure; give logits",
         ),
         Check(
             "continuous",
@@ -82,15 +89,8 @@ def check_row(row: Row, evidence: Evidence, logits: np.ndarray, labels: np.ndarr
     standing = evidence.standing
     some = bool(standing.any())
     claims = int(evidence.unverified.sum()) + int((evidence.attack >= 0).sum())
-    strange = int(evidence.not_finite.sum())
     checks = [
-        Check(
-            "finite",
-            not strange,
-            "invalid",
-            f"{strange} adversarial images or their logits were not finite",
-            "an attack or the network computes NaN; what it would have found is unknown",
-        ),
+        _finite(evidence),
         Check(
             "verified",
             int(evidence.unverified.sum()) <= 0.01 * claims + 1,
@@ -143,17 +143,33 @@ def check_row(row: Row, evidence: Evidence, logits: np.ndarray, labels: np.ndarr
 
 
 def check_rows(rows: Sequence[Row], evidence: Sequence[Evidence]) -> list[Check]:
-    """Whether rows without any gradient break what no attack with gradients does under the same threat model."""
+    """Checks of all rows under one threat model: whether any tried hard, and whether those without gradients do better.
+
+    A row may be of the first examples only; the others count as not broken by it.
+    """
     checks = []
     for threat in dict.fromkeys(row.threat for row in rows):
         here = [(row, e) for row, e in zip(rows, evidence, strict=True) if row.threat == threat]
-        n = min(len(e.attack) for _, e in here)
-        white, black = np.zeros(n, bool), np.zeros(n, bool)
+        n = max(len(e.attack) for _, e in here)
+        white, black, tried = np.zeros(n, bool), np.zeros(n, bool), 0.0
         for row, e in here:
             guided = [k for k, attack in enumerate(row.attacks) if attack.needs_gradient]
-            white |= np.isin(e.attack, guided)[:n]
+            white[: len(e.attack)] |= np.isin(e.attack, guided)
             if not guided:
-                black |= (e.attack >= 0)[:n]
+                black[: len(e.attack)] |= e.attack >= 0
+            passes = (e.queries + e.gradients)[e.standing]
+            tried = max(tried, float(np.median(passes)) if len(passes) else np.inf)
+        checks.append(
+            Check(
+                f"effort, {threat.norm} {threat.eps:.4g}",
+                tried >= _PASSES,
+                "suspect",
+                "in some row no example stands"
+                if tried == np.inf
+                else f"the strongest row spent {tried:.0f} passes on a standing example (at least {_PASSES})",
+                "only weak attacks were run; take autoattack",
+            )
+        )
         if len({any(attack.needs_gradient for attack in row.attacks) for row, _ in here}) < 2:
             continue
         only, allowed = int((black & ~white).sum()), max(_POINTS * n, 1)
@@ -170,10 +186,11 @@ def check_rows(rows: Sequence[Row], evidence: Sequence[Evidence]) -> list[Check]
     return checks
 
 
-def check_sweep(eps: Sequence[float], robust: Sequence[float], n: int) -> list[Check]:
-    """Whether accuracy falls as eps grows, to 0 where any image can be reached."""
+def check_sweep(eps: Sequence[float], robust: Sequence[float], n: int, *evidence: Evidence) -> list[Check]:
+    """Whether accuracy falls as eps grows, to 0 where any image can be reached, and whether all of it was numbers."""
     rises = max((b - a for a, b in itertools.pairwise(robust)), default=0.0)
     return [
+        _finite(*evidence),
         Check(
             "falls to zero",
             robust[-1] == 0,
@@ -192,6 +209,17 @@ def check_sweep(eps: Sequence[float], robust: Sequence[float], n: int) -> list[C
     ]
 
 
+def _finite(*evidence: Evidence) -> Check:
+    strange = sum(int(e.not_finite.sum()) for e in evidence)
+    return Check(
+        "finite",
+        not strange,
+        "invalid",
+        f"{strange} adversarial images or their logits were not finite",
+        "an attack or the network computes NaN; what it would have found is unknown",
+    )
+
+
 def verdict(checks: Sequence[Check]) -> str:
     """`trustworthy`, `suspect: why` or `invalid: why`."""
     for effect in ("invalid", "suspect"):
@@ -202,6 +230,11 @@ def verdict(checks: Sequence[Check]) -> str:
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest distance of two rows of logits, over the norm of the first."""
-    gap = np.linalg.norm(a.astype(np.float64) - b, axis=-1) / (np.linalg.norm(a.astype(np.float64), axis=-1) + 1e-10)
+    """The largest distance of two rows of logits, over the norm of the first around its mean.
+
+    A hundredth of the norm around 0 is allowed for: logits that lie far from 0 are rounded more coarsely.
+    """
+    a = a.astype(np.float64)
+    spread, size = (np.linalg.norm(each, axis=-1) for each in (a - a.mean(-1, keepdims=True), a))
+    gap = np.linalg.norm(a - b, axis=-1) / (spread + 0.01 * size + 1e-10)
     return float(gap.max(initial=0.0)) if np.isfinite(gap).all() else float("inf")

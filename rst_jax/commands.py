@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from rst_jax import preemption
-from rst_jax.card import evaluate, load_card, replay, table
+from rst_jax.card import evaluate, replay
 from rst_jax.card_page import write_card_page
+from rst_jax.card_table import load_card, table
 from rst_jax.data import load_test
 from rst_jax.mesh import split_cpu
 from rst_jax.r2s import load_r2s
@@ -39,9 +40,9 @@ def run(word: str, arguments: Sequence[str]) -> None:
 def _evaluate(arguments: Sequence[str]) -> None:
     parser = _Parser("python -m rst_jax evaluate", description="Measure a ticket's robustness: the evaluation card.")
     add = parser.add_argument
-    add("ticket", help="a .ticket file, or the checkpoints/tickets folder of a workdir")
+    add("ticket", help="a .ticket file, a workdir, or a checkpoints/tickets folder")
     add("--name", default="", help="which ticket of such a folder, for instance ratio-0.1")
-    add("--dataset", required=True, help="digits, npz or a TFDS name; its test images are attacked")
+    add("--dataset", default="", help="digits, npz or a TFDS name; its test images are attacked")
     add("--data_dir", default="~/tensorflow_datasets", help="where TFDS datasets lie (default: %(default)s)")
     add("--data_path", default="", help="the .npz file of --dataset npz")
     add("--attacks", default="autoattack", help="full, or names with commas between (default: %(default)s)")
@@ -54,14 +55,18 @@ def _evaluate(arguments: Sequence[str]) -> None:
     add("--faithful", action="store_true", help="keep the published attacks' quirks, for comparison")
     add("--keep_images", action="store_true", help="also write the adversarial images")
     add("--replay", default="", help="a card's folder: classify its adversarial images instead of making new ones")
-    add("--out", default="", help="the card's folder (default: cards/<ticket>-<dataset>-<attacks>)")
+    add("--out", default="", help="the card's folder (default: below cards/, named after all that is asked)")
     _know(parser, arguments)
     o = parser.parse_args(arguments)
     split_cpu()
     ticket = _ticket(o.ticket, o.name)
     if o.replay:
-        print("\n".join(f"{row}: {100 * right:.1f} %" for row, right in replay(ticket, o.replay).items()))
+        print(f"{ticket.meta.get('name', 'ticket')} ({ticket.digest[:12]}) on the images of {o.replay}:")
+        for row, (right, n) in replay(ticket, o.replay).items():
+            print(f"{row}: {100 * right:.1f} % of {n:,}")
         return
+    if not o.dataset:
+        raise ValueError("expected --dataset: digits, npz or a TFDS name.")
     if o.eps is None:
         raise ValueError("expected --eps, the radius of the threat model, for instance --eps 8/255.")
     if o.norm == "linf" and not 0 <= o.eps <= 1:
@@ -75,7 +80,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
             f"the ticket takes images {list(ticket.image_shape)}; {o.dataset} has {list(images.shape[1:])}."
         )
     stem = ticket.meta.get("name", "ticket")
-    out = Path(o.out or f"cards/{stem}-{ticket.digest[:8]}-{o.dataset}-{o.attacks.replace(',', '+')}")
+    asked = [stem, ticket.digest[:8], o.dataset, o.attacks.replace(",", "+"), o.norm, f"{o.eps:.4g}"]
+    asked += [f"first{o.examples}"] * bool(o.examples) + [f"seed{o.seed}"] * bool(o.seed) + ["faithful"] * o.faithful
+    out = Path(o.out or f"cards/{'-'.join(asked)}")
     preemption.listen()
     card = evaluate(
         ticket,
@@ -119,9 +126,11 @@ def _know(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
 
 
 def _ticket(path: str, name: str) -> Ticket:
-    if not Path(path).is_dir():
+    folder = Path(path)
+    if not folder.is_dir():
         return load_ticket(path)
-    there = {t.meta["name"]: t for t in load_r2s(path).tickets}
+    drawn = sorted((folder / "tickets").glob("*.ticket"))
+    there = {t.meta["name"]: t for t in (map(load_ticket, drawn) if drawn else load_r2s(path).tickets)}
     if name not in there:
         got = f"there is no {name!r}" if name else "it holds several tickets"
         raise ValueError(f"{path}: {got}; take --name with one of {', '.join(there)}.")

@@ -17,10 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rst_jax.config import Config
 from rst_jax.data import Dataset, Split, prefetched
-from rst_jax.driver import correct
+from rst_jax.evidence import correct
 from rst_jax.mesh import AXIS, fetch, on_cpu, replicate, split_rows
 from rst_jax.metrics import progress
-from rst_jax.records import AttackRecord, TicketRecord, accuracy, provenance
+from rst_jax.records import PRECISION, AttackRecord, TicketRecord, accuracy, provenance
 from rst_jax.step import make_attack_step, make_predict_step
 from rst_jax.threat import ThreatModel
 from rst_jax.ticket import Ticket
@@ -140,7 +140,7 @@ def ticket_record(
         attack=attack,
         dataset=ticket.meta["dataset"],
         model=ticket.model["name"],
-        precision="float32, highest matmul precision",
+        precision=PRECISION,
         selected_on=ticket.meta["selected_on"],
         best_epoch=ticket.meta["epoch"],
         seed=ticket.meta["seed"],

@@ -65,5 +65,5 @@ def largest(logits: jax.Array, count: int) -> list[jax.Array]:
 
 
 def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Whether the largest logit (the first of equals) is the label's: bool [N]."""
-    return lax.argmax(logits, logits.ndim - 1, labels.dtype) == labels
+    """Whether the largest logit (the first of equals) is the label's: bool [N]; what is not finite is never right."""
+    return (lax.argmax(logits, logits.ndim - 1, labels.dtype) == labels) & jnp.isfinite(logits).all(-1)

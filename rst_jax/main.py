@@ -11,7 +11,6 @@ import importlib.util
 import os
 import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ml_collections import config_flags
 
 from rst_jax import commands, plan, preemption, search
 from rst_jax import config as config_lib
-from rst_jax.card import measure, of_ticket
+from rst_jax.card import measure
 from rst_jax.driver import Driver
 from rst_jax.evaluator import ticket_record
 from rst_jax.metrics import make_say
@@ -30,6 +29,7 @@ from rst_jax.r2s import load_r2s, r2s_record
 from rst_jax.records import write_arrays, write_json
 from rst_jax.report import read_results, table, write_report
 from rst_jax.run import Run, claimed, name_of
+from rst_jax.subject import of_ticket
 from rst_jax.ticket import Ticket
 from rst_jax.transfer import Crossed, cross, transfer_record
 
@@ -233,22 +233,17 @@ def _cards(run: Run, tickets: list[Ticket]) -> None:
         card = measure(
             driver,
             of_ticket(ticket),
-            partial(_logits_of, ticket),
             images,
             test.labels,
             test.ids,
             run.evaluator.threat,
             attacks=c.evaluate.card,
-            folder=run.workdir / "results" / "cards" / name,
-            subject=name,
+            folder=run.workdir / "results" / "cards" / f"{name}-{c.evaluate.card}",
+            name=name,
             subject_digest=ticket.digest,
             dataset=c.dataset,
         )
         run.say(f"{name}: {card.record.verdict}")
-
-
-def _logits_of(ticket: Ticket, images: np.ndarray) -> np.ndarray:
-    return np.asarray(ticket(images))
 
 
 def _parse(argv: list[str]) -> tuple[config_lib.Config, dict[str, Any]]:

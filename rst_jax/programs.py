@@ -1,17 +1,19 @@
 """The compiled programs of attacks: the same for all rows, radii, restarts and networks of one shape."""
 
-import functools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from rst_jax.attacks.attack import Attack, Problem, advance
 from rst_jax.mesh import AXIS, on_cpu
-from rst_jax.operations import has_convolution
+from rst_jax.operations import has_convolution, operations
 from rst_jax.threat import ThreatModel
 
 Tree = Any
@@ -28,10 +30,12 @@ class Programs:
 
     Attributes:
       compiled: how many were made, for each attack.
+      worth: operations that take about as long as to compile the programs of an attack.
     """
 
     def __init__(self, mesh: Mesh):
-        self.mesh, self._slow = mesh, dict[Apply, bool]()
+        self.mesh, self._slow, self._operations = mesh, dict[Apply, bool](), dict[Any, float]()
+        self.worth = 5e10 if on_cpu(mesh) else 2e14
         self.compiled: dict[str, int] = {}
         self._kept: dict[Any, Any] = {}
 
@@ -40,8 +44,19 @@ class Programs:
         return self._program(("logits", apply), apply, "vr", "r", "logits")
 
     def keys(self) -> Callable:
-        """(key data [2], rounds [N], ids [N]) to key data [N, 2]."""
-        return self._program(("keys",), _keys, "vrr", "r", "keys")
+        """(key data [2], an attack's number, rounds [N], ids [N]) to key data [N, 2]."""
+        return self._program(("keys",), _keys, "vvrr", "r", "keys")
+
+    def operations(self, apply: Apply, variables: Tree, images: Any) -> float:
+        """What a forward pass over one of `images` needs, by formula; inf where that is not known."""
+        name = apply, images.shape[1:]
+        if name not in self._operations:
+            try:
+                counted = operations(apply, variables, jax.ShapeDtypeStruct((1, *images.shape[1:]), np.float32))
+            except ValueError:  # a loop
+                counted = 0
+            self._operations[name] = counted or math.inf
+        return self._operations[name]
 
     def one_by_one(self, apply: Apply, fixed: Fixed) -> bool:
         """Whether steps are better called one by one: in loops, XLA's gradients of convolutions are slow on a CPU."""
@@ -109,8 +124,10 @@ class Programs:
         return self._kept[name]
 
 
-def _keys(key: jax.Array, *numbers: jax.Array) -> jax.Array:
+def _keys(key: jax.Array, tag: jax.Array, rounds: jax.Array, ids: jax.Array) -> jax.Array:
     def one(*numbers: jax.Array) -> jax.Array:
-        return jax.random.key_data(functools.reduce(jax.random.fold_in, numbers, jax.random.wrap_key_data(key)))
+        data = jnp.stack([tag, *(number.astype(tag.dtype) for number in numbers)])
+        folded, _ = lax.scan(lambda k, n: (jax.random.fold_in(k, n), None), jax.random.wrap_key_data(key), data)
+        return jax.random.key_data(folded)
 
-    return jax.vmap(one)(*numbers)
+    return jax.vmap(one)(rounds, ids)

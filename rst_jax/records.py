@@ -26,6 +26,7 @@ import numpy as np
 from rst_jax.version import __version__
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PRECISION = "float32, highest matmul precision"  # of every evaluation
 R = TypeVar("R")
 
 
@@ -154,16 +155,26 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True)
+class Curve:
+    """Robust accuracy after so much effort, in ascending order."""
+
+    effort: list[int]
+    robust: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
 class RowRecord:
     """A cascade of attacks and what stood.
 
     Attributes:
       attacks: each with its settings. rounds: restarts or targets of each. broken: examples that each broke, verified.
       unverified: claims that did not hold when run again; they are not counted.
-      fragile: broken examples whose margin is within 1e-4 of the boundary.
+      fragile: ids of the broken examples whose margin is within 1e-4 of the boundary.
       median_distance: of the closest adversarial images of a minimal-norm attack over the examples classified right, in
         L2; None where not measured (or where less than half have one).
       queries, gradients: passes over all examples.
+      over_passes: robust accuracy when an example is given so many passes.
+      over_rounds: after so many restarts or targets, where the row is one attack that has several.
     """
 
     name: str
@@ -174,10 +185,12 @@ class RowRecord:
     robust: Accuracy
     broken: dict[str, int]
     unverified: int
-    fragile: int
+    fragile: list[int]
     median_distance: float | None
     queries: int
     gradients: int
+    over_passes: Curve
+    over_rounds: Curve | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +209,9 @@ class CardRecord:
     """An evaluation that can be doubted point by point.
 
     Attributes:
-      subject: what was evaluated; subject_digest: of its weights, or of its logits on the clean images.
+      subject: what was evaluated; subject_digest: of its weights, or of its program and its logits on the clean images.
       images_digest: of images, labels and ids.
+      box: the smallest and the largest value of a pixel.
       mode: "default", or "faithful" to the published attacks' quirks.
       seed: key data of the random key, in hexadecimal.
       verdict: "trustworthy", "suspect: why" or "invalid: why".
@@ -208,6 +222,7 @@ class CardRecord:
     dataset: str
     images_digest: str
     n: int
+    box: list[float]
     mode: str
     seed: str
     precision: str
@@ -313,7 +328,7 @@ def read_json(path: Path, kind: type[R]) -> R:
     """
     try:
         return _revive(kind, json.loads(path.read_text()))
-    except (OSError, TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+    except (OSError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: expected a {kind.__name__}; {error}.") from error
 
 

@@ -21,7 +21,7 @@ class Results:
     r2s: R2SRecord | None
     metrics: list[dict[str, Any]]
     gallery: dict[str, np.ndarray] | None
-    cards: dict[str, Path] = dataclasses.field(default_factory=dict)
+    cards: list[Path] = dataclasses.field(default_factory=list)
 
 
 def read_results(workdir: Path, names: list[str]) -> Results:
@@ -41,7 +41,7 @@ def read_results(workdir: Path, names: list[str]) -> Results:
         read_json(r2s, R2SRecord) if r2s.exists() else None,
         read_lines(workdir / "metrics.jsonl"),
         read_arrays(gallery) if gallery.exists() else None,
-        {t.name: path for t in tickets if (path := folder / "cards" / t.name / "card.json").exists()},
+        [card.parent for t in tickets for card in sorted((folder / "cards").glob(f"{t.name}-*/card.json"))],
     )
 
 
@@ -126,8 +126,8 @@ def write_report(workdir: Path, results: Results) -> Path:
             "Above: clean test images and what the ticket says. Below: the same under attack; red where it is wrong.",
         ),
     ]
-    for path in results.cards.values():
-        figures += card_figures(path.parent)
+    for card in results.cards:
+        figures += card_figures(card)
     t = results.tickets[0]
     p = t.provenance
     made = (

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rst_jax.attacks import APGD, CWL2, FAB, MIM, PGD, Attack, Bandits, Noise, Square, autoattack
 from rst_jax.driver import Row
@@ -52,7 +51,7 @@ def make_rows(
         cascade = ATTACKS[name.removesuffix("-l2") if name == "autoattack-l2" else name](faithful)
         if not differentiable and any(attack.needs_gradient for attack in cascade):
             raise ValueError(
-                f"attack {name!r} needs gradients, and JAX cannot trace this logits_fn; take square or bandits."
+                f"attack {name!r} needs gradients, and JAX cannot differentiate this logits_fn; take square or bandits."
             )
         where = dataclasses.replace(threat, norm="l2", eps=eps_l2) if l2 else threat
         titles = {"autoattack": "AutoAttack", "autoattack-l2": "AutoAttack L2", "pgd-100x10": "PGD-100x10"}
@@ -85,9 +84,9 @@ def sweep_rows(threat: ThreatModel, pixels: int, differentiable: bool) -> list[R
     return [Row(f"eps {r:.4g}", (attack,), dataclasses.replace(threat, eps=r), _SWEPT) for r in radii]
 
 
-def described(attack: Any) -> str:
-    """An attack with all its settings, the passes and rounds first."""
-    settings = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
-    first = {"passes": attack.passes, "rounds": attack.rounds}
+def described(attack: Attack, classes: int) -> str:
+    """An attack with all its settings where there are so many classes, the passes and rounds first."""
+    settings = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}  # type: ignore[arg-type]
+    first = {"passes": attack.passes, "rounds": attack.rounds_of(classes)}
     rest = {name: value for name, value in settings.items() if name not in ("title", *first)}
     return f"{attack.name}(" + ", ".join(f"{name}={value}" for name, value in {**first, **rest}.items()) + ")"

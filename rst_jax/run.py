@@ -1,7 +1,6 @@
 """A run: its workdir, and the parts assembled for it."""
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rst_jax import subnet
+from rst_jax.claims import hold, read_record, refuse_foreign
 from rst_jax.config import Config
 from rst_jax.data import load_dataset
 from rst_jax.evaluator import Evaluator
@@ -143,42 +143,28 @@ def claimed(workdir: Path, run: Run) -> Iterator[None]:
 
 
 def _claim(workdir: Path, run: Run, held: contextlib.ExitStack) -> None:
-    record, drawing = workdir / "config.json", run.config.task in ("draw", "search")
-    if workdir.is_file():
-        raise ValueError(f"workdir {workdir} is a file; take a folder.")
-    if workdir.exists() and not record.exists() and any(p.name[0] != "." for p in workdir.iterdir()):
-        raise ValueError(f"workdir {workdir} holds other files and no run; take an empty or a new folder.")
+    record, drawing, called = workdir / "config.json", run.config.task in ("draw", "search"), f"workdir {workdir}"
+    refuse_foreign(workdir, record.name, called, "run")
     if not drawing and not record.exists():
-        raise ValueError(f"workdir {workdir} holds no run; start with --config.task=draw.")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context((workdir / ".lock").open("w"))
-    except OSError as error:
-        raise ValueError(f"workdir {workdir} cannot be written: {error.strerror}.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(
-            f"workdir {workdir} is in use by another process; wait for it or take another --workdir."
-        ) from None
+        raise ValueError(f"{called} holds no run; start with --config.task=draw.")
+    hold(workdir, called, "--workdir", held)
     now = json.loads(json.dumps({"config": run.config.to_dict(), "dataset_digest": run.dataset.digest}))
-    before: dict[str, Any] = {}
-    if record.exists():
+    before = read_record(record, "--workdir")
+    if before is not None:
         try:
-            before = json.loads(record.read_text())
             old = _dotted(before["config"])
-            changed = [
-                f"{name} was {old.get(name)!r}, now {value!r}"
-                for name, value in _dotted(now["config"]).items()
-                if old.get(name) != value and not _may_change(name, run.config)
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, AttributeError) as error:
             raise ValueError(f"{record}: cannot be read ({error}); take a new --workdir.") from error
+        changed = [
+            f"{name} was {old.get(name)!r}, now {value!r}"
+            for name, value in _dotted(now["config"]).items()
+            if old.get(name) != value and not _may_change(name, run.config)
+        ]
         if before.get("dataset_digest") != now["dataset_digest"]:
             changed.append("the images are not the same")
         if changed:
-            raise ValueError(f"workdir {workdir} belongs to another run: {'; '.join(changed)}. Take a new --workdir.")
-    if drawing and before.get("config") != now["config"]:
+            raise ValueError(f"{called} belongs to another run: {'; '.join(changed)}. Take a new --workdir.")
+    if drawing and (before or {}).get("config") != now["config"]:
         write_json(record, {**now, "provenance": vars(provenance())})
 
 

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from rst_jax import subnet
 from rst_jax.attacks import APGD, FAB, Square
 from rst_jax.data.pipeline import Images
-from rst_jax.driver import Classifier, Driver, Examples, Row
+from rst_jax.driver import Classifier, Driver, Row
+from rst_jax.evidence import Examples
 from rst_jax.mesh import make_mesh, replicate
 from rst_jax.models import make_model
 from rst_jax.state import TicketState, init_variables

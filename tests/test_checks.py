@@ -10,7 +10,8 @@ import pytest
 import rst_jax
 from rst_jax.attacks import APGD, Noise, Square
 from rst_jax.checks import check_row, check_rows, check_sweep, verdict
-from rst_jax.driver import Evidence, Examples, Row
+from rst_jax.driver import Row
+from rst_jax.evidence import Evidence, Examples
 from rst_jax.records import Check
 from rst_jax.threat import ThreatModel
 
@@ -67,13 +68,18 @@ def test_quantised_inputs_are_seen_behind_a_straight_through_gradient():
     assert "continuous" in failed(card(rounded))
 
 
-def test_a_frozen_key_is_seen():
+@pytest.mark.parametrize("shift", [0, 2000])
+def test_a_frozen_key_is_seen(shift):
     def noisy(x):
-        return plain(x) + 0.05 * jax.random.normal(jax.random.key(0), (x.shape[0], CLASSES))
+        return plain(x) + 0.05 * jax.random.normal(jax.random.key(0), (x.shape[0], CLASSES)) + shift
 
     found = card(noisy)
     assert found.record.verdict.startswith("invalid")
     assert failed(found) >= {"deterministic"}
+
+
+def test_logits_far_from_zero_are_deterministic():
+    assert "deterministic" not in failed(card(lambda x: plain(x) + 2000))
 
 
 def test_pythons_random_is_seen_though_jit_freezes_it():
@@ -89,6 +95,23 @@ def test_probabilities_are_seen():
     found = card(lambda x: jax.nn.softmax(plain(x)))
     assert found.record.verdict.startswith("invalid: outputs lie in")
     assert "these are probabilities" in found.record.verdict
+
+
+def test_probabilities_in_percent_are_seen():
+    assert card(lambda x: 100 * jax.nn.softmax(plain(x))).record.verdict.startswith("invalid: outputs lie in")
+
+
+def test_sigmoids_are_suspect():
+    found = card(lambda x: jax.nn.sigmoid(plain(x)))
+    assert found.record.verdict.startswith("suspect: outputs lie in")
+    assert "these look like probabilities" in found.record.verdict
+
+
+@pytest.mark.parametrize("attack", ["noise", "fgsm", "pgd-20", "mim"])
+def test_weak_attacks_alone_are_suspect(attack):
+    found = card(plain, attack)
+    assert failed(found) == {"effort, linf 0.03"}
+    assert "only weak attacks were run" in found.record.verdict
 
 
 def test_log_probabilities_are_logits():
@@ -125,14 +148,27 @@ def test_a_network_that_looks_at_nothing_does_not_fall_to_zero():
 
 def test_what_is_not_a_number_away_from_the_images_is_seen():
     def fragile(x):
-        moved = jnp.any(jnp.abs(x * 255 - jnp.round(x * 255)) < -1, axis=(1, 2, 3))
         far = jnp.mean(jnp.abs(x - 0.5), axis=(1, 2, 3)) > 0.185
-        return jnp.where((far | moved)[:, None], jnp.nan, plain(x))
+        return jnp.where(far[:, None], jnp.nan, plain(x))
 
     keep = np.mean(np.abs(IMAGES - 0.5), axis=(1, 2, 3)) < 0.17
     assert keep.sum() > 10
-    found = rst_jax.evaluate(fragile, IMAGES[keep], LABELS[keep], ThreatModel(0.1), "apgd-ce")
+    for label in range(CLASSES):  # class 0 is what an argmax names where nothing is a number
+        mine = keep & (label == LABELS)
+        assert mine.any()
+        found = rst_jax.evaluate(fragile, IMAGES[mine], LABELS[mine], ThreatModel(0.1), "apgd-ce")
+        assert "finite" in failed(found)
+        assert found.record.verdict.startswith("invalid")
+
+
+def test_gradients_that_are_not_a_number_are_seen():
+    def rooted(x):
+        return plain(x) + jnp.sqrt(jnp.maximum(x.reshape(x.shape[0], -1)[:, :1] - 2, 0))
+
+    mine = LABELS == 0
+    found = rst_jax.evaluate(rooted, IMAGES[mine], LABELS[mine], EPS, "apgd-ce")
     assert "finite" in failed(found)
+    assert found.record.verdict.startswith("invalid")
     assert found.record.verdict.startswith("invalid")
 
 
@@ -168,10 +204,16 @@ def test_blind_rows_are_held_against_all_that_see():
     rows = [Row("a", (APGD(),), EPS), Row("b", (APGD("dlr"),), EPS), Row("noise", (Noise(),), EPS)]
     one, two, noise = (np.full(100, -1) for _ in range(3))
     one[:10], two[10:20], noise[5:22] = 0, 0, 0
-    assert not names(check_rows(rows[:2], [evidence(one)[0], evidence(two)[0]]))
-    found = check_rows(rows, [evidence(a)[0] for a in (one, two, noise)])
-    assert len(names(found)) == 1
-    assert "broke 2 of 100" in found[0].measured
+    hard = {"queries": np.full(100, 101), "gradients": np.full(100, 101)}
+    assert not names(check_rows(rows[:2], [evidence(one, **hard)[0], evidence(two, **hard)[0]]))
+    found = check_rows(rows, [evidence(a, **hard)[0] for a in (one, two, noise)])
+    assert names(found) == {"black box no better, linf 0.03"}
+    assert "broke 2 of 100" in found[-1].measured
+    # A row of the first examples hides nothing of what comes after them.
+    rows.append(Row("few", (APGD(),), EPS, examples=5))
+    few = {name: value[:5] for name, value in hard.items()}
+    again = check_rows(rows, [*(evidence(a, **hard)[0] for a in (one, two, noise)), evidence(one[:5], **few)[0]])
+    assert names(again) == names(found)
 
 
 def test_claims_that_do_not_hold_are_suspect():

@@ -28,11 +28,11 @@ def typed(*words):
 
 def test_a_ticket_is_evaluated_shown_and_replayed(tmp_path, capsys):
     out = tmp_path / "card"
-    words = ("evaluate", TICKET, *DIGITS, "--attacks", "fgsm,mim", "--examples", 20, "--keep_images", "--out", out)
+    words = ("evaluate", TICKET, *DIGITS, "--attacks", "fgsm,apgd-ce", "--examples", 20, "--keep_images", "--out", out)
     assert typed(*words) == 0
     told = capsys.readouterr().out
     assert "FGSM" in told
-    assert "MIM" in told
+    assert "APGD-CE" in told
     assert "verdict: trustworthy" in told
     assert (out / "index.html").exists()
     assert read_arrays(out / "adversarials.npz")["FGSM/linf"].shape == (20, 8, 8, 1)
@@ -40,9 +40,9 @@ def test_a_ticket_is_evaluated_shown_and_replayed(tmp_path, capsys):
     assert capsys.readouterr().out.strip() in told
     assert typed("show", out / "card.json", "--checks") == 0
     assert "passed  deterministic: logits of" in capsys.readouterr().out
-    assert typed("evaluate", TICKET, "--dataset", "digits", "--replay", out) == 0
+    assert typed("evaluate", TICKET, "--replay", out) == 0
     clean = json.loads((out / "card.json").read_text())["clean"]["value"]
-    assert f"clean: {100 * clean:.1f} %" in capsys.readouterr().out
+    assert f"clean: {100 * clean:.1f} % of 20" in capsys.readouterr().out
     assert typed(*words[:-1], out, "--seed", 3) == 2
     assert "belongs to another evaluation: seed was" in capsys.readouterr().err
 
@@ -50,7 +50,8 @@ def test_a_ticket_is_evaluated_shown_and_replayed(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ((), "required: ticket, --dataset"),
+        ((), "required: ticket"),
+        ((TICKET,), "expected --dataset"),
         (("no.ticket", *DIGITS), "no.ticket: there is no such file"),
         ((__file__, *DIGITS), "not a readable file of arrays"),
         ((TICKET, "--dataset", "digits"), "expected --eps"),

@@ -5,10 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rst_jax.attacks import APGD, FAB, PGD, Attack, Found, Noise, Problem, Square
+from rst_jax.attacks.cw import CWState
 from rst_jax.attacks.noise import NoiseState
-from rst_jax.driver import STANDING, WRONG, Classifier, Driver, Evidence, Examples, Row, margins, within
+from rst_jax.driver import Classifier, Driver, Row
+from rst_jax.evidence import STANDING, WRONG, Evidence, Examples, margins, within
 from rst_jax.mesh import make_mesh
 from rst_jax.threat import ThreatModel
 
@@ -88,16 +92,84 @@ def test_nothing_hangs_on_the_order_of_the_examples(whole):
     same(whole, evidence(4, order=order), order)
 
 
-def test_a_row_compiles_once_a_size_and_another_radius_nothing():
+def test_a_row_compiles_each_attack_once_and_another_radius_nothing():
     driver = Driver(make_mesh(jax.devices()[:1]), 16, KEY)
     evidence(driver=driver)
     first = dict(driver.programs.compiled)
-    assert all(count <= 2 * len(driver.sizes) for count in first.values())
+    twice = dict.fromkeys(("APGD-T", "FAB-T", "Square"), 2)  # the start and the steps
+    assert first == {"logits": 2, "keys": 1, **twice}  # logits: of the clean images, and of claims
     evidence(driver=driver, row=Row("wider", CASCADE, ThreatModel(0.061)))
-    assert sum(driver.programs.compiled.values()) - sum(first.values()) <= 4  # a size that the first did not need
-    before = dict(driver.programs.compiled)
-    evidence(driver=driver, row=Row("again", CASCADE, ThreatModel(0.061)))
-    assert driver.programs.compiled == before
+    assert driver.programs.compiled == first
+
+
+def test_a_size_is_compiled_where_it_saves_more_than_it_costs(whole):
+    """Whether it does or not, the evidence is the same."""
+    made = {}
+    for worth in (1e-30, 1e30):
+        driver, seen = Driver(make_mesh(jax.devices()[:1]), 32, KEY), []
+        driver.programs.worth = worth
+        place = driver._place
+        driver._place = lambda rows, size, place=place, seen=seen: seen.append((len(rows), size)) or place(rows, size)
+        same(whole, evidence(driver=driver))
+        assert all(n <= size for n, size in seen)
+        made[worth] = sum(driver.programs.compiled.values()), sum(size - n for n, size in seen)
+    assert made[1e-30][0] > made[1e30][0]
+    assert made[1e-30][1] < made[1e30][1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 16, 250])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_no_program_runs_one_row_a_device(size, devices):
+    driver = Driver(make_mesh(jax.devices()[:devices]), size, KEY)
+    assert driver.sizes[0] >= 2 * devices
+    assert all(rows % devices == 0 for rows in driver.sizes)
+    assert size <= driver.sizes[-1] < size + 2 * devices
+
+
+def wide(variables, images):
+    hidden, head = variables
+    return jax.nn.relu(images.reshape(images.shape[0], -1) @ hidden) @ head
+
+
+def convolved(variables, images):
+    kernel, head = variables
+    x = jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jnp.mean(jax.nn.relu(x), axis=(1, 2)) @ head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("apply", "side", "shapes", "eps"),
+    [(wide, 32, ((3072, 64), (64, 10)), 0.004), (convolved, 12, ((3, 3, 3, 16), (16, 10)), 0.02)],
+)
+def test_nothing_hangs_on_batch_size_for_wide_and_convolutional_networks(apply, side, shapes, eps):
+    """XLA's kernels for one row by itself add up in another order."""
+    rng = np.random.default_rng(1)
+    weights = tuple(rng.normal(size=s).astype(np.float32) / np.prod(s[:-1]) ** 0.5 for s in shapes)
+    network, images = Classifier(apply, weights), rng.uniform(0, 1, (13, side, side, 3)).astype(np.float32)
+    row = Row("all", (APGD(steps=20), FAB(steps=4, rounds=2), Square(steps=50)), ThreatModel(eps))
+    found = []
+    for batch_size, devices in ((13, 1), (1, 1), (4, 4), (6, 1)):
+        driver = Driver(make_mesh(jax.devices()[:devices]), batch_size, KEY)
+        logits = driver.logits(network, images)
+        labels = np.argmax(logits, -1).astype(np.int32)
+        found.append(driver.run(row, network, Examples(images, labels, np.arange(13, dtype=np.int32), logits)))
+    assert 1 <= found[0].standing.sum() <= 12
+    for other in found[1:]:
+        for name, value in vars(found[0]).items():
+            np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
+
+
+@given(batch_size=st.integers(1, 40), devices=st.integers(1, 4), rows=st.lists(st.integers(0, N - 1), min_size=1))
+@settings(max_examples=8, deadline=None)
+def test_any_examples_in_batches_of_any_size_are_judged_alike(batch_size, devices, rows):
+    rows = np.unique(rows)
+    row = Row("few", (PGD("PGD-3", 3, 0.5, rounds=2), Square(steps=20)), ThreatModel(0.06))
+    found = evidence(batch_size, devices, row, order=rows)
+    reference = evidence(row=row)
+    for name, value in vars(found).items():
+        if name not in ("unverified", "not_finite"):
+            np.testing.assert_array_equal(value, getattr(reference, name)[rows], err_msg=name)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 16, 250])
@@ -110,10 +182,63 @@ def test_claims_are_judged_at_a_batch_size_that_no_attack_runs_at(size, devices)
     assert seen[0] % devices == 0
 
 
-def test_a_batch_that_is_broken_ends_early():
-    found = evidence(row=Row("wide", (APGD(steps=100),), ThreatModel(1.0)))
-    assert not found.standing.any()
-    assert found.queries.max() < 100
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_batch_that_is_broken_ends_early(one_by_one, monkeypatch):
+    driver, calls = Driver(make_mesh(jax.devices()[:1]), 32, KEY), []
+    driver.programs.worth = 1  # look as often as may be
+    monkeypatch.setattr(driver.programs, "one_by_one", lambda *_: one_by_one)
+    plain = driver.programs.attack
+
+    def counted(*arguments):
+        begin, go_on = plain(*arguments)
+        return begin, lambda *a: calls.append(1) or go_on(*a)
+
+    monkeypatch.setattr(driver.programs, "attack", counted)
+    for eps, ends_early in ((1.0, True), (0.01, False)):
+        calls.clear()
+        found = evidence(driver=driver, row=Row("one", (APGD(steps=99),), ThreatModel(eps)))
+        assert found.standing.any() == (not ends_early)
+        assert (len(calls) < (100 if one_by_one else 10)) == ends_early
+
+
+def test_broken_examples_leave_between_attacks_and_rounds():
+    driver, met = Driver(make_mesh(jax.devices()[:1]), 32, KEY), []
+    plain = driver._batch
+    driver._batch = lambda attack, *a: met.append((attack.name, len(a[3][2]))) or plain(attack, *a)
+    found = evidence(driver=driver)
+    for number, attack in enumerate(CASCADE):
+        for turn in range(attack.rounds_of(4)):
+            before = (found.attack >= 0) & ((found.attack < number) | ((found.attack == number) & (found.round < turn)))
+            expected = attack.name, N - 5 - int(before.sum())
+            assert met.pop(0) == expected
+    assert not met
+
+
+def test_the_bar_tells_what_is_done_and_what_is_broken(monkeypatch):
+    class Bar:
+        total = n = 0
+
+        def __init__(self):
+            self.told = []
+
+        def update(self, n):
+            self.n += n
+
+        def set_postfix_str(self, text):
+            assert self.n <= self.total
+            self.told.append((self.n, self.total, text))
+
+        def close(self):
+            self.told.append((self.n, self.total, "closed"))
+
+    bar = Bar()
+    monkeypatch.setattr("rst_jax.driver.progress", lambda *_: bar)
+    found = evidence(8)
+    assert bar.told[0] == (0, 24 * (3 * 9 + 2 * 4 + 61), "APGD-T, 0 broken, 24 stand")  # three targets of 4 classes
+    *_, last, closed = bar.told
+    assert last[2] == f"Square, {(found.attack >= 0).sum()} broken, {found.standing.sum()} stand"
+    assert closed[0] == closed[1]
+    assert all(a[0] <= b[0] for a, b in zip(bar.told, bar.told[1:], strict=False))
 
 
 def test_a_row_of_the_first_examples_is_theirs(whole):
@@ -186,6 +311,36 @@ class Liar(Attack):
             "nan": p.images * jnp.nan,
         }[self.kind]
         return NoiseState(s.found._replace(adversarial=lies, broken=jnp.ones_like(s.found.broken)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Boaster(Attack):
+    """Says that its closest images are closer than they are; some are outside the box."""
+
+    name = "Boaster"
+    steps = 0
+    rounds = 1
+
+    def start(self, p: Problem, drawn: tuple) -> CWState:
+        zero = jnp.zeros(p.labels.shape, jnp.float32)
+        rest = dict.fromkeys(("w", "first", "second", "c", "low", "high", "reached"), zero)
+        outside = (p.labels % 2 == 0)[:, None, None, None]
+        image = jnp.where(outside, -1.0, 1.0 - jnp.round(p.images))
+        return CWState(found=Found.clean(p), image=image, closest=zero + 1e-3, **rest)
+
+    def step(self, p: Problem, s: CWState, i: jax.Array, drawn: tuple) -> CWState:
+        return s
+
+
+def test_the_closest_image_is_measured_and_judged_here():
+    found = evidence(row=Row("lies", (Boaster(),), ThreatModel(0.06)))
+    e = examples(np.asarray(apply(WEIGHTS, IMAGES)))
+    image = 1 - np.round(IMAGES)
+    far = np.linalg.norm((image - IMAGES).reshape(N, -1), axis=1)
+    good = e.right & (e.labels % 2 == 1) & (np.argmax(apply(WEIGHTS, image), -1) != e.labels)
+    assert good.sum() >= 3
+    np.testing.assert_allclose(found.closest, np.where(good, far, np.inf), rtol=1e-5)
+    assert found.unverified[0] == (e.right & ~good).sum() > 0
 
 
 @pytest.mark.parametrize("kind", ["clean", "far", "outside", "nan"])

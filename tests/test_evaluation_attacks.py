@@ -19,11 +19,14 @@ from rst_jax.threat import ThreatModel
 
 NORMS = ("linf", "l2")
 # These programs compile for far longer than they run.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICKLY: dict = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    QUICKLY["xla_cpu_use_fusion_emitters"] = False
 ATTACKS = {
     "pgd": PGD("PGD-5", 5, 0.4),
     "mim": MIM(5),
     "apgd-ce": APGD("ce", 6),
+    "apgd-dlr": APGD("dlr", 6),
     "apgd-t": APGD("dlr-targeted", 6),
     "fab": FAB(targeted=False, steps=4),
     "fab-t": FAB(targeted=True, steps=4),
@@ -197,7 +200,7 @@ def test_cw_comes_within_a_few_percent_of_the_closed_form_distance(classes):
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
-@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     classes=st.sampled_from((2, 3, 4, 10, 100)),
     norm=st.sampled_from(NORMS),

@@ -9,8 +9,8 @@ import pytest
 from configs import digits
 from rst_jax import config as config_lib
 from rst_jax.data import Dataset, load_dataset
-from rst_jax.driver import correct
 from rst_jax.evaluator import Evaluator, ticket_record
+from rst_jax.evidence import correct
 from rst_jax.mesh import make_mesh
 from rst_jax.models.resnet import ResNet
 from rst_jax.state import init_variables

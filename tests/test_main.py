@@ -344,7 +344,7 @@ def test_a_draw_can_end_with_the_whole_card(environment, tmp_path):
         command(workdir, *more), env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    card = records.read_json(workdir / "results" / "cards" / "ratio-0.5" / "card.json", records.CardRecord)
+    card = records.read_json(workdir / "results" / "cards" / "ratio-0.5-full" / "card.json", records.CardRecord)
     names = "FGSM FGSM-RS PGD-20 PGD-100x10 CW-Linf MIM AutoAttack AutoAttack-L2 CW-L2 Square noise"
     assert [row.name.replace(" ", "-") for row in card.rows] == names.split()
     rows = {row.name: row for row in card.rows}

@@ -5,13 +5,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "version": 0, "config": 0, "records": 0, "chips": 0, "hlo": 0,
+    "version": 0, "config": 0, "records": 0, "claims": 0, "chips": 0, "hlo": 0,
     "subnet": 1, "initializers": 1, "threat": 1, "losses": 1, "operations": 1,
     "models": 2, "attacks": 2, "data": 2, "mesh": 2, "preemption": 2,
     "state": 3, "metrics": 3, "programs": 3,
     "step": 4, "checkpoint": 4, "ticket": 4,
-    "driver": 4,
-    "loop": 5, "evaluator": 5, "checks": 5, "rows": 5,
+    "evidence": 3, "driver": 4,
+    "loop": 5, "evaluator": 5, "checks": 5, "rows": 5, "subject": 5, "card_table": 5,
     "run": 6, "search": 6, "transfer": 6, "r2s": 6, "interop": 6, "card": 6, "page": 6,
     "report": 7, "card_page": 7, "commands": 7, "plan": 7, "main": 7, "__main__": 7,
 }  # fmt: skip

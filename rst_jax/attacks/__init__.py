@@ -4,7 +4,7 @@
 """
 
 from rst_jax.attacks.apgd import APGD
-from rst_jax.attacks.attack import Attack, Found, Problem, run
+from rst_jax.attacks.attack import Attack, Found, Problem
 from rst_jax.attacks.autoattack import autoattack
 from rst_jax.attacks.bandits import Bandits
 from rst_jax.attacks.cw import CWL2
@@ -28,5 +28,4 @@ __all__ = [
     "Square",
     "autoattack",
     "pgd",
-    "run",
 ]

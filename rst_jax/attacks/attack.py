@@ -118,6 +118,10 @@ class Attack:
         """Whether round r aims at the class that ranks r + 2 in the clean logits."""
         return False
 
+    def rounds_of(self, classes: int) -> int:
+        """How many rounds there are where there are so many classes: every other class is a target once at most."""
+        return min(self.rounds, classes - 1) if self.targeted else self.rounds
+
     @property
     def needs_gradient(self) -> bool:
         """Whether `logits_fn` must be differentiable."""
@@ -163,17 +167,6 @@ def advance(attack: Attack, p: Problem, state: Any, i: jax.Array, drawn: Any) ->
         return jnp.where(per_example(done, old), old, new)
 
     return jax.tree.map(rest, state, after)
-
-
-def run(attack: Attack, p: Problem) -> Found:
-    """One round of an attack as one program."""
-    first, drawn = attack.draw(p)
-
-    def body(state: Any, i: jax.Array) -> tuple[Any, None]:
-        return advance(attack, p, state, i, drawn), None
-
-    state, _ = lax.scan(body, attack.start(p, first), jnp.arange(attack.passes, dtype=jnp.int32))
-    return state.found
 
 
 def ascent(
