@@ -191,8 +191,8 @@ def measure(
             f"{labels.min()} to {labels.max()}."
         )
     examples = Examples(images, labels.astype(np.int32), ids, logits)
-    rows = make_rows(attacks, threat, eps_l2, faithful, subject.differentiable)
-    swept = sweep_rows(threat, images[0].size, subject.differentiable)
+    rows = make_rows(attacks, threat, eps_l2, faithful, subject.obstacle)
+    swept = sweep_rows(threat, images[0].size, subject.obstacle)
     classes = logits.shape[-1]
     function_digest = digest({"program": np.asarray(subject.program(images)), "logits": logits})
     subject_digest = subject_digest or function_digest

@@ -100,4 +100,6 @@ def _gallery(folder: Path, record: CardRecord, arrays: dict[str, np.ndarray]) ->
     labels = arrays["label"][index]
     attack, prediction = arrays[f"{row.name}/attack"][index], arrays[f"{row.name}/prediction"][index]
     said = [[str(k) for k in labels], [f"{k}\n{names[a]}" for k, a in zip(prediction, attack, strict=True)]]
-    return pairs(shown["clean"], shown["adversarial"], said, [[False] * len(index), [True] * len(index)])
+    lower, upper = record.box
+    clean, adversarial = ((shown[name] - lower) / (upper - lower) for name in ("clean", "adversarial"))
+    return pairs(clean, adversarial, said, [[False] * len(index), [True] * len(index)])

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from rst_jax.records import Accuracy, CardRecord, read_json
+from rst_jax.records import CardRecord, read_json
+from rst_jax.text import columns, percent, radius
 
 
 def load_card(path: str | Path) -> CardRecord:
@@ -20,17 +21,13 @@ def load_card(path: str | Path) -> CardRecord:
 
 def row_cells(record: CardRecord) -> tuple[list[str], list[list[str]]]:
     """The header and the lines of a card's table."""
-
-    def percent(a: Accuracy) -> str:
-        return f"{100 * a.value:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]"
-
     lines = [["clean", "", percent(record.clean), f"{record.clean.n:,}", "", ""]]
     for row in record.rows:
         by = ", ".join(f"{name} {count}" for name, count in row.broken.items() if count) or "-"
         by += f"; {row.unverified} not verified" if row.unverified else ""
         by += f"; {len(row.fragile)} fragile" if row.fragile else ""
         by += f"; median L2 {row.median_distance:.4g}" if row.median_distance is not None else ""
-        where = f"{row.norm} {pretty_eps(row.eps)}"
+        where = f"{row.norm} {radius(row.eps)}"
         passes = f"{row.queries + row.gradients:,}"
         lines.append([row.name, where, percent(row.robust), f"{row.robust.n:,}", by, passes])
     return ["attack", "threat model", "robust %", "n", "broken by", "passes"], lines
@@ -38,10 +35,7 @@ def row_cells(record: CardRecord) -> tuple[list[str], list[list[str]]]:
 
 def table(record: CardRecord) -> str:
     """A card as text for a terminal."""
-    header, lines = row_cells(record)
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    told = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [header, *lines]]
-    told.insert(1, "  ".join("-" * w for w in widths))
+    told = columns(*row_cells(record), right=False)
     if s := record.sweep:
         points = ", ".join(f"{e:.3g}: {100 * r:.1f}" for e, r in zip(s.eps, s.robust, strict=True))
         told += ["", f"robust % of the first {s.n:,} over eps ({s.norm}, {s.attack.split('(')[0]}): {points}"]
@@ -55,9 +49,3 @@ def table(record: CardRecord) -> str:
         f"verdict: {record.verdict}",
     ]
     return "\n".join(told)
-
-
-def pretty_eps(eps: float) -> str:
-    """8/255 as such, other radii as decimals."""
-    levels = eps * 255
-    return f"{round(levels)}/255" if eps and abs(levels - round(levels)) < 1e-6 else f"{eps:.4g}"

@@ -9,7 +9,8 @@ import numpy as np
 from rst_jax.card_page import card_figures
 from rst_jax.metrics import read_lines
 from rst_jax.page import CYCLE, INK, NATURAL, ROBUST, figure_of, pairs, render, svg
-from rst_jax.records import Accuracy, R2SRecord, TicketRecord, TransferRecord, read_arrays, read_json, write_text
+from rst_jax.records import R2SRecord, TicketRecord, TransferRecord, read_arrays, read_json, write_text
+from rst_jax.text import columns, percent, radius
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +46,6 @@ def read_results(workdir: Path, names: list[str]) -> Results:
     )
 
 
-def _percent(a: Accuracy) -> str:
-    return f"{100 * a.value:.1f} [{100 * a.low:.1f}, {100 * a.high:.1f}]"
-
-
 def _rows(results: Results) -> tuple[list[str], list[list[str]]]:
     attack = results.tickets[0].attack.name
     header = ["network", "weights kept", "natural %", f"{attack} %", "best epoch"]
@@ -56,8 +53,8 @@ def _rows(results: Results) -> tuple[list[str], list[list[str]]]:
         [
             "dense, adversarially trained" if t.name == "dense" else f"ticket, ratio {t.remaining_ratio:g}",
             f"{t.weights_kept:,} / {t.weights_total:,}",
-            _percent(t.natural),
-            _percent(t.robust),
+            percent(t.natural),
+            percent(t.robust),
             str(t.best_epoch),
         ]
         for t in results.tickets
@@ -68,10 +65,9 @@ def _rows(results: Results) -> tuple[list[str], list[list[str]]]:
 def _sentences(results: Results) -> list[str]:
     t = results.tickets[0]
     a = t.attack
-    eps = f"eps {a.eps:.4g}" + (f" ({a.eps * 255:.3g}/255)" if abs(a.eps * 255 - round(a.eps * 255)) < 1e-9 else "")
     told = [
-        f"{t.dataset}, {t.model}: {t.natural.n:,} test images, 95 % intervals; {a.name}, {a.norm}, {eps}, step "
-        f"{a.step_size:.4g}, {a.restarts} start, seed {a.seed}; {t.precision}; best epoch chosen on "
+        f"{t.dataset}, {t.model}: {t.natural.n:,} test images, 95 % intervals; {a.name}, {a.norm}, eps "
+        f"{radius(a.eps)}, step {a.step_size:.4g}, {a.restarts} start, seed {a.seed}; {t.precision}; best epoch chosen on "
         f"{'held-out training images' if t.selected_on == 'holdout' else 'the test images'}. "
         "PGD alone overestimates robustness."
     ]
@@ -89,15 +85,7 @@ def _sentences(results: Results) -> list[str]:
 
 def table(results: Results) -> str:
     """The figures as text for a terminal."""
-    header, rows = _rows(results)
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(row: list[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        return "  ".join([row[0].ljust(widths[0]), *cells[1:]])
-
-    rule = "  ".join("-" * w for w in widths)
-    return "\n".join([line(header), rule, *map(line, rows), "", *_sentences(results)])
+    return "\n".join([*columns(*_rows(results), right=True), "", *_sentences(results)])
 
 
 def write_report(workdir: Path, results: Results) -> Path:
@@ -153,7 +141,7 @@ def _ratio_plot(results: Results) -> str:
     x = [100 * t.remaining_ratio for t in drawn]
     series = (("natural", "natural", NATURAL), (f"robust ({drawn[0].attack.name})", "robust", ROBUST))  # fmt: skip
     for label, field, colour in series:
-        points: list[Accuracy] = [getattr(t, field) for t in drawn]
+        points: list[Any] = [getattr(t, field) for t in drawn]
         y = np.array([100 * a.value for a in points])
         bars = [y - [100 * a.low for a in points], [100 * a.high for a in points] - y]
         axes.errorbar(x, y, yerr=bars, color=colour, marker="o", capsize=3, label=label)

@@ -31,7 +31,7 @@ FULL = ("fgsm", "fgsm-rs", "pgd-20", "pgd-100x10", "cw-linf", "mim", "autoattack
 
 
 def make_rows(
-    attacks: str | Sequence[str], threat: ThreatModel, eps_l2: float, faithful: bool, differentiable: bool
+    attacks: str | Sequence[str], threat: ThreatModel, eps_l2: float, faithful: bool = False, obstacle: str = ""
 ) -> list[Row]:
     """The rows of a card, the last of which is noise.
 
@@ -40,7 +40,7 @@ def make_rows(
       threat: of all rows but those that say L2.
       eps_l2: of these, unless the threat model is L2 itself.
       faithful: keep the published attacks' quirks.
-      differentiable: whether attacks with gradients can be run.
+      obstacle: why attacks with gradients cannot be run, if they cannot.
 
     Raises:
       ValueError: an unknown name (the nearest one is named), or an attack that cannot be run.
@@ -49,9 +49,10 @@ def make_rows(
     for name in _named([attacks] if isinstance(attacks, str) else attacks, threat):
         l2 = name in ("autoattack-l2", "cw-l2") and threat.norm != "l2"
         cascade = ATTACKS[name.removesuffix("-l2") if name == "autoattack-l2" else name](faithful)
-        if not differentiable and any(attack.needs_gradient for attack in cascade):
+        if obstacle and any(attack.needs_gradient for attack in cascade):
             raise ValueError(
-                f"attack {name!r} needs gradients, and JAX cannot differentiate this logits_fn; take square or bandits."
+                f"attack {name!r} needs gradients, and JAX cannot differentiate this logits_fn ({obstacle}); take "
+                "square or bandits."
             )
         where = dataclasses.replace(threat, norm="l2", eps=eps_l2) if l2 else threat
         titles = {"autoattack": "AutoAttack", "autoattack-l2": "AutoAttack L2", "pgd-100x10": "PGD-100x10"}
@@ -75,12 +76,12 @@ def _named(names: Sequence[str], threat: ThreatModel) -> list[str]:
     return [name for name in dict.fromkeys(found) if name != "noise"] + ["noise"]
 
 
-def sweep_rows(threat: ThreatModel, pixels: int, differentiable: bool) -> list[Row]:
-    """From a quarter of eps to where every image can be reached."""
+def sweep_rows(threat: ThreatModel, pixels: int, obstacle: str = "") -> list[Row]:
+    """From a quarter of eps to where every image can be reached; `obstacle` as in `make_rows`."""
     width = threat.upper - threat.lower
     whole = width if threat.norm == "linf" else width * pixels**0.5
     radii = sorted({float(min(threat.eps * k, whole)) for k in (0.25, 0.5, 1, 1.5, 2, 4) if threat.eps} | {whole})
-    attack: Attack = APGD("ce") if differentiable else Square(steps=1000)
+    attack: Attack = Square(steps=1000) if obstacle else APGD("ce")
     return [Row(f"eps {r:.4g}", (attack,), dataclasses.replace(threat, eps=r), _SWEPT) for r in radii]
 
 

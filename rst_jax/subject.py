@@ -27,13 +27,13 @@ class Subject:
       classifier: as the driver takes it.
       raw: called as it is: float32 images [N, H, W, C] to float32 logits [N, classes], both NumPy's.
       traced: JAX can trace it.
-      differentiable: JAX can differentiate it.
+      obstacle: why JAX cannot differentiate it; "" where it can.
     """
 
     classifier: Classifier
     raw: Callable[[np.ndarray], np.ndarray]
     traced: bool = True
-    differentiable: bool = True
+    obstacle: str = ""
 
     def program(self, images: np.ndarray) -> str:
         """A digest of what is computed, its gradient included; of weights it sees only shapes."""
@@ -42,7 +42,7 @@ class Subject:
         def total(x: jax.Array, variables: Tree) -> jax.Array:
             return jnp.sum(apply(variables, x))
 
-        asked = jax.value_and_grad(total) if self.differentiable else total
+        asked = total if self.obstacle else jax.value_and_grad(total)
         text = str(jax.make_jaxpr(asked)(jax.ShapeDtypeStruct((2, *images.shape[1:]), jnp.float32), variables))
         return hashlib.sha256(re.sub("0x[0-9a-f]+", "", text).encode()).hexdigest()  # without addresses in memory
 
@@ -94,16 +94,16 @@ def of_function(logits_fn: Callable[..., Any], images: np.ndarray) -> Subject:
 
         return jax.pure_callback(called, jax.ShapeDtypeStruct((x.shape[0], classes), jnp.float32), x)
 
-    def works(function: Callable[..., Any]) -> bool:
+    def obstacle(function: Callable[..., Any]) -> str:
         try:
             jax.eval_shape(function, like)
-        except Exception:  # whatever another library says of a tracer
-            return False
-        return True
+        except Exception as error:  # whatever another library says of a tracer
+            return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        return ""
 
-    traced = works(partial(inside, ()))
-    differentiable = traced and works(jax.grad(lambda x: jnp.sum(inside((), x))))
-    return Subject(Classifier(inside if traced else outside), _raw(logits_fn), traced, differentiable)
+    untraced = obstacle(partial(inside, ()))
+    undifferentiated = untraced or obstacle(jax.grad(lambda x: jnp.sum(inside((), x))))
+    return Subject(Classifier(outside if untraced else inside), _raw(logits_fn), not untraced, undifferentiated)
 
 
 def check_question(images: np.ndarray, labels: np.ndarray, ids: np.ndarray, threat: ThreatModel) -> None:

@@ -313,12 +313,12 @@ def test_the_key_moves_random_starts_and_nothing_else():
 
 
 def test_full_has_the_rows_of_a_card_in_both_norms():
-    rows = make_rows("full", ThreatModel(8 / 255), 0.5, False, True)
+    rows = make_rows("full", ThreatModel(8 / 255), 0.5)
     names = "FGSM, FGSM-RS, PGD-20, PGD-100x10, CW-Linf, MIM, AutoAttack, AutoAttack L2, CW-L2, Square, noise"
     assert ", ".join(row.name for row in rows) == names
     assert [row.name for row in rows if row.threat.norm == "l2"] == ["AutoAttack L2", "CW-L2"]
     assert {float(row.threat.eps) for row in rows} == {8 / 255, 0.5}
-    assert [row.name for row in make_rows("full", ThreatModel(0.5, "l2"), 0.5, False, True)] == [
+    assert [row.name for row in make_rows("full", ThreatModel(0.5, "l2"), 0.5)] == [
         name for name in names.split(", ") if name not in ("CW-Linf", "AutoAttack L2")
     ]
     for make in ATTACKS.values():
@@ -335,16 +335,16 @@ def test_full_has_the_rows_of_a_card_in_both_norms():
     ],
 )
 def test_every_row_is_there_once_and_noise_last(names, norm, expected):
-    rows = make_rows(names, ThreatModel(0.1, norm), 0.5, False, True)
+    rows = make_rows(names, ThreatModel(0.1, norm), 0.5)
     assert [row.name for row in rows] == expected
-    more = make_rows(["full", "bandits"], ThreatModel(0.1, norm), 0.5, False, True)
+    more = make_rows(["full", "bandits"], ThreatModel(0.1, norm), 0.5)
     assert [row.name for row in more][-2:] == ["Bandits", "noise"]
 
 
 def test_cw_linf_is_of_linf():
-    assert "CW-Linf" not in [row.name for row in make_rows("full", ThreatModel(0.5, "l2"), 0.5, False, True)]
+    assert "CW-Linf" not in [row.name for row in make_rows("full", ThreatModel(0.5, "l2"), 0.5)]
     with pytest.raises(ValueError, match="under L2 take cw-l2"):
-        make_rows("cw-linf", ThreatModel(0.5, "l2"), 0.5, False, True)
+        make_rows("cw-linf", ThreatModel(0.5, "l2"), 0.5)
 
 
 def test_a_ticket_is_named_by_its_digest():

@@ -1,6 +1,8 @@
 """Real processes over jax.distributed on the CPU, against one process of as many devices."""
 
+import dataclasses
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +14,9 @@ import jax
 import numpy as np
 import pytest
 
+from rst_jax.card_table import load_card
 from rst_jax.metrics import read_lines
+from rst_jax.records import read_arrays
 from rst_jax.ticket import load_ticket
 
 ROOT = Path(__file__).parent.parent
@@ -140,3 +144,27 @@ def test_a_killed_process_ends_the_others_with_a_code_to_start_again(tmp_path):
     assert code == 75 or code < 0, out
     if code == 75:
         assert "another process was lost" in out
+
+
+@pytest.mark.slow
+def test_a_card_of_two_processes_is_that_of_one(tmp_path):
+    """The second process never writes; both see the finished rows, and the first holds the folder."""
+    few = [*TINY, "--config.evaluate.examples=8"]
+    codes, outs = ended(start(tmp_path / "one", 2, options=[*few, "--config.task=search"]))
+    assert codes == [0], outs
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    card = [*few, "--config.task=evaluate", "--config.evaluate.card=autoattack"]
+    codes, outs = ended(start(tmp_path / "one", 2, options=card))
+    assert codes == [0], outs
+    for _ in range(2):  # the second time every row is there
+        codes, outs = ended(*start_all(tmp_path / "two", 2, options=card))
+        assert codes == [0, 0], outs
+        assert "ratio-0.3: " in outs[0]
+    folders = [tmp_path / w / "results" / "cards" / "ratio-0.3-autoattack" for w in ("one", "two")]
+    records = [dataclasses.replace(load_card(folder), provenance=None) for folder in folders]
+    assert records[0] == records[1]
+    for name in ("examples.npz", "gallery.npz"):
+        a, b = (read_arrays(folder / name) for folder in folders)
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)

@@ -1,6 +1,11 @@
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rst_jax.mesh import fetch, from_main, is_main, make_mesh, replicate, split_rows
 
@@ -24,3 +29,18 @@ def test_one_process_is_the_main_one_and_agrees_with_itself():
     assert from_main(tree) is tree
     assert fetch(jnp.ones(2)).sum() == 2
     assert make_mesh(jax.devices()[:2]).size == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "first", "expected"),
+    [
+        ("", "", 2 if (os.cpu_count() or 1) > 1 else 1),
+        ("--xla_force_host_platform_device_count=3", "", 3),  # somebody has settled it
+        ("", "jax.devices()", 1),  # too late
+    ],
+)
+def test_a_cpu_of_several_cores_becomes_two_devices(flags, first, expected):
+    code = f"import jax; {first}\nfrom rst_jax.mesh import split_cpu; split_cpu(); print(len(jax.devices()))"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(told.stdout) == expected

@@ -1,7 +1,9 @@
+import jax.numpy as jnp
 import numpy as np
 
+import rst_jax
 from rst_jax import records
-from rst_jax.report import Results, table, write_report
+from rst_jax.report import Results, read_results, table, write_report
 
 ATTACK = records.AttackRecord("PGD-20", "linf", 8 / 255, 20, 2 / 255, 1, 0)
 HERE = records.Provenance("now", "0", "r", {"jax": "0"}, "1 x cpu", "3")
@@ -42,3 +44,26 @@ def test_a_page_of_few_results_leaves_out_what_there_is_not(tmp_path):
     hostile = records.TicketRecord(**{**vars(only[0]), "dataset": "<script>alert(1)</script>"})
     page = write_report(tmp_path, Results([hostile], None, None, [], None)).read_text()
     assert "<script>" not in page
+
+
+def test_a_workdirs_cards_are_sections_of_its_report(tmp_path):
+    folder = tmp_path / "results"
+    records.write_json(folder / "ratio-0.1.json", ticket("ratio-0.1", 0.1, 5))
+    images, labels = np.full((4, 2, 2, 1), 0.5, np.float32), np.zeros(4, int)
+    images[0] = 0.9  # stands
+
+    def logits_fn(x):
+        return jnp.stack([x[:, 0, 0, 0] - 0.49, 0.49 - x[:, 0, 0, 0]], -1)
+
+    for name in ("ratio-0.1-autoattack", "ratio-0.15-autoattack"):  # of the second there is no record
+        rst_jax.evaluate(
+            logits_fn, images, labels, rst_jax.ThreatModel(0.1), "fgsm", folder=folder / "cards" / name, subject=name
+        )
+    page = write_report(tmp_path, read_results(tmp_path, ["ratio-0.1"])).read_text()
+    for told in (
+        "Evaluation card: ratio-0.1-autoattack on images",
+        "Accuracy over eps and over effort",
+        "Verdict: suspect",
+    ):
+        assert told in page
+    assert "ratio-0.15" not in page
