@@ -67,8 +67,8 @@ def _sentences(results: Results) -> list[str]:
     a = t.attack
     told = [
         f"{t.dataset}, {t.model}: {t.natural.n:,} test images, 95 % intervals; {a.name}, {a.norm}, eps "
-        f"{radius(a.eps)}, step {a.step_size:.4g}, {a.restarts} start, seed {a.seed}; {t.precision}; best epoch chosen on "
-        f"{'held-out training images' if t.selected_on == 'holdout' else 'the test images'}. "
+        f"{radius(a.eps)}, step {a.step_size:.4g}, {a.restarts} start, seed {a.seed}; {t.precision}; best epoch chosen "
+        f"on {'held-out training images' if t.selected_on == 'holdout' else 'the test images'}. "
         "PGD alone overestimates robustness."
     ]
     if violations := sum(record.violations for record in results.tickets):
