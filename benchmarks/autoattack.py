@@ -275,7 +275,7 @@ def profile(driver: Driver, classifier: Classifier, row: Row, x: np.ndarray, y: 
         for attack in {a.program: a for a in row.attacks}.values():
             wanted = dataclasses.replace(row.threat, eps=float(row.threat.eps))
             begin, go_on = driver.programs.attack(attack, wanted, classifier.apply, fixed)
-            one_by_one = driver.programs.one_by_one(classifier.apply, fixed)
+            one_by_one = driver.programs.one_by_one(attack, classifier.apply, fixed)
 
             def steps(begin: Any = begin, go_on: Any = go_on, one_by_one: bool = one_by_one) -> Any:
                 (state, drawn), i = begin(*fixed), replicate(np.int32(0), mesh)

@@ -189,11 +189,10 @@ class Driver:
         """One round of an attack on n examples, padded to `size` and verified; `tick` hears of the passes."""
         images, _, labels, target, *_ = rows
         n = len(labels)
-        tag = np.uint32(zlib.crc32(attack.name.encode()))
+        keys = self._keys(attack, *rows[-2:])
         with jax.default_matmul_precision("highest"):
-            *placed, rounds, ids = (self._place(r, size) for r in rows)
-            eps, key, tag = replicate((np.float32(threat.eps), self.key, tag), self.mesh)
-            fixed = (variables, eps, *placed, self.programs.keys()(key, tag, rounds, ids))
+            placed = (self._place(r, size) for r in (*rows[:-2], keys))
+            fixed = (variables, replicate(np.float32(threat.eps), self.mesh), *placed)
             state = self._walk(attack, threat, classifier, fixed, n, tick)
             minimal = {"image": state.image} if hasattr(state, "image") else {}
             got = {name: value[:n] for name, value in fetch({**state.found._asdict(), **minimal}).items()}
@@ -246,7 +245,7 @@ class Driver:
         (state, drawn), i = begin(*fixed), self._number(0)
         work = len(fixed[2]) * self._operations(attack, classifier, fixed[2])
         looks = math.ceil(min(max(work / self.programs.worth, 1), _LOOKS))  # each costs a wait
-        look, one_by_one = -(-attack.passes // looks), self.programs.one_by_one(classifier.apply, fixed)
+        look, one_by_one = -(-attack.passes // looks), self.programs.one_by_one(attack, classifier.apply, fixed)
         for first in range(0, attack.passes, look):
             if attack.rests and fetch(state.found.broken)[:n].all():
                 break
@@ -274,6 +273,14 @@ class Driver:
         """What a round of an attack needs for one of `images`."""
         forward = self.programs.operations(classifier.apply, classifier.variables, images)
         return attack.passes * forward * (3 if attack.needs_gradient else 1)
+
+    def _keys(self, attack: Attack, rounds: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Key data uint32 [n, 2] of examples in rounds of an attack: two words of the seed, the second with the id."""
+        seed = [*self.key, zlib.crc32(attack.name.encode())]
+        words = {r: np.random.SeedSequence([*seed, r]).generate_state(2) for r in np.unique(rounds)}
+        keys = np.stack([words[r] for r in rounds])
+        keys[:, 1] ^= ids.astype(np.uint32)
+        return keys
 
     def _number(self, value: int) -> jax.Array:
         """An integer on all devices."""

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -41,11 +40,7 @@ class Programs:
 
     def logits(self, apply: Apply) -> Callable:
         """(variables, images [N, ...]) to logits [N, classes]."""
-        return self._program(("logits", apply), apply, "vr", "r", "logits")
-
-    def keys(self) -> Callable:
-        """(key data [2], an attack's number, rounds [N], ids [N]) to key data [N, 2]."""
-        return self._program(("keys",), _keys, "vvrr", "r", "keys")
+        return self._program(("logits", apply), apply, "vr", "r", "logits", False)
 
     def operations(self, apply: Apply, variables: Tree, images: Any) -> float:
         """What a forward pass over one of `images` needs, by formula; inf where that is not known."""
@@ -58,11 +53,13 @@ class Programs:
             self._operations[name] = counted or math.inf
         return self._operations[name]
 
-    def one_by_one(self, apply: Apply, fixed: Fixed) -> bool:
+    def one_by_one(self, attack: Attack, apply: Apply, fixed: Fixed) -> bool:
         """Whether steps are better called one by one: in loops, XLA's gradients of convolutions are slow on a CPU."""
+        if not (attack.needs_gradient and on_cpu(self.mesh)):
+            return False
         if apply not in self._slow:
             variables, _, images, *_ = fixed
-            self._slow[apply] = on_cpu(self.mesh) and has_convolution(apply, variables, images)
+            self._slow[apply] = has_convolution(apply, variables, images)
         return self._slow[apply]
 
     def attack(self, attack: Attack, threat: ThreatModel, apply: Apply, fixed: Fixed) -> tuple[Callable, Callable]:
@@ -97,12 +94,13 @@ class Programs:
             return state, last
 
         name = (program, apply, *box)
-        begin = self._program((*name, "start"), start, "vvrrrrr", "rs", attack.name)
-        many = step if self.one_by_one(apply, fixed) else steps
-        return begin, self._program((*name, "steps"), many, "vvrrrrr" + "srvv", "rv", attack.name)
+        blind = not attack.needs_gradient  # then the start draws for every step
+        begin = self._program((*name, "start"), start, "vvrrrrr", "rs", attack.name, blind)
+        many = step if self.one_by_one(attack, apply, fixed) else steps
+        return begin, self._program((*name, "steps"), many, "vvrrrrr" + "srvv", "rv", attack.name, True)
 
-    def _program(self, name: Any, inner: Callable, kinds: str, results: str, counted_as: str) -> Any:
-        """A function over the mesh, kept under its name; compiled once for each batch size.
+    def _program(self, name: Any, inner: Callable, kinds: str, results: str, counted_as: str, often: bool) -> Any:
+        """A function over the mesh, kept under its name; compiled once for each batch size. Does it run often?
 
         `kinds` of its arguments and results: r(ows), s(teps of rows), or v(alues that all devices hold). A step, which
         takes such, gives up its state: the last rows among its arguments.
@@ -117,17 +115,8 @@ class Programs:
             mapped = jax.shard_map(
                 counted, mesh=self.mesh, in_specs=specs, out_specs=out if len(out) > 1 else out[0], check_vma=False
             )
-            # On a CPU, LLVM's later passes cost more time than they bring.
-            options = {"xla_backend_optimization_level": 1} if on_cpu(self.mesh) else {}
+            # On a CPU, LLVM's later passes cost more time than they bring; what runs once a batch needs none.
+            options = {"xla_backend_optimization_level": int(often)} if on_cpu(self.mesh) else {}
             donated = kinds.rindex("r") if "s" in kinds else ()
             self._kept[name] = jax.jit(mapped, donate_argnums=donated, compiler_options=options)
         return self._kept[name]
-
-
-def _keys(key: jax.Array, tag: jax.Array, rounds: jax.Array, ids: jax.Array) -> jax.Array:
-    def one(*numbers: jax.Array) -> jax.Array:
-        data = jnp.stack([tag, *(number.astype(tag.dtype) for number in numbers)])
-        folded, _ = lax.scan(lambda k, n: (jax.random.fold_in(k, n), None), jax.random.wrap_key_data(key), data)
-        return jax.random.key_data(folded)
-
-    return jax.vmap(one)(rounds, ids)
