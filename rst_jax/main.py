@@ -92,8 +92,10 @@ def _word(word: str, arguments: list[str]) -> int:
         return _fail("stopped by SIGTERM; the same command goes on from here.", preemption.EXIT_CODE)
     except KeyboardInterrupt:
         return _fail("stopped; the same command goes on from the last finished batch.", 1)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return _fail(error, 2)
+    except OSError as error:  # a full disk, for instance
+        return _fail(f"{error}; the same command goes on from the last finished batch.", 1)
     except SystemExit as done:  # --help
         return int(done.code or 0)
     return 0

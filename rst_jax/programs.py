@@ -34,7 +34,7 @@ class Programs:
 
     def __init__(self, mesh: Mesh):
         self.mesh, self._slow, self._operations = mesh, dict[Apply, bool](), dict[Any, float]()
-        self.worth = 5e10 if on_cpu(mesh) else 2e14
+        self.worth = 1e11 if on_cpu(mesh) else 2e14
         self.compiled: dict[str, int] = {}
         self._kept: dict[Any, Any] = {}
 
