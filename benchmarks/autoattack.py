@@ -13,7 +13,6 @@ Ends with what was to be reached, and with code 1 where it was not.
 """
 
 import argparse
-import dataclasses
 import gc
 import json
 import os
@@ -265,14 +264,14 @@ def profile(driver: Driver, classifier: Classifier, row: Row, x: np.ndarray, y: 
         "forward and back": jax.grad(lambda v, z: jnp.sum(classifier.apply(v, z)), argnums=1),
     }
 
-    def milliseconds(call: Any, times: int) -> float:
+    def milliseconds(call: Any) -> float:
         def once() -> float:
             start = time.perf_counter()
             jax.block_until_ready(call())
-            return 1e3 * (time.perf_counter() - start) / times
+            return 1e3 * (time.perf_counter() - start)
 
         once()
-        return round(min(once() for _ in range(5)), 3)
+        return min(once() for _ in range(5))
 
     told: dict[str, Any] = {"seconds_of": {k: round(v, 2) for k, v in driver.seconds.items()}, "rows": n, "ms": {}}
     with jax.default_matmul_precision("highest"):
@@ -282,20 +281,19 @@ def profile(driver: Driver, classifier: Classifier, row: Row, x: np.ndarray, y: 
                     function, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(AXIS)), out_specs=PartitionSpec(AXIS)
                 )
             )
-            told["ms"][name] = milliseconds(lambda f=spread: [f(variables, images) for _ in range(20)], 20)
+            told["ms"][name] = round(milliseconds(lambda f=spread: [f(variables, images) for _ in range(20)]) / 20, 3)
         for attack in {a.program: a for a in row.attacks}.values():
-            wanted = dataclasses.replace(row.threat, eps=float(row.threat.eps))
-            begin, go_on = driver.programs.attack(attack, wanted, classifier.apply, fixed)
+            begin, go_on = driver.programs.attack(attack, row.threat, classifier.apply, fixed)
             one_by_one = driver.programs.one_by_one(attack, classifier.apply, fixed)
 
-            def steps(begin: Any = begin, go_on: Any = go_on, one_by_one: bool = one_by_one) -> Any:
+            def steps(last: int, begin: Any = begin, go_on: Any = go_on, one_by_one: bool = one_by_one) -> Any:
                 (state, drawn), i = begin(*fixed), replicate(np.int32(0), mesh)
-                for _ in range(20 if one_by_one else 1):
-                    state, i = go_on(*fixed, drawn, state, i, replicate(np.int32(20), mesh))
+                for _ in range(last if one_by_one else 1):
+                    state, i = go_on(*fixed, drawn, state, i, replicate(np.int32(last), mesh))
                 return state
 
-            both, start = milliseconds(steps, 20), milliseconds(lambda b=begin: b(*fixed), 20)
-            told["ms"][f"a step of {attack.name}"] = round(both - start, 3)
+            few, many = (milliseconds(lambda last=last, f=steps: f(last)) for last in (10, 90))
+            told["ms"][f"a step of {attack.name}"] = round((many - few) / 80, 3)
     return told
 
 

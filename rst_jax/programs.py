@@ -18,6 +18,7 @@ from rst_jax.threat import ThreatModel
 Tree = Any
 Apply = Callable[[Tree, jax.Array], jax.Array]
 _SPECS = {"r": PartitionSpec(AXIS), "s": PartitionSpec(None, AXIS), "v": PartitionSpec()}
+KEYS = "threefry2x32"  # whatever JAX is told to take by default
 Fixed = tuple[Any, ...]  # variables, eps, images, logits, labels, targets, key data
 
 
@@ -73,7 +74,7 @@ class Programs:
         def problem(variables: Tree, eps: jax.Array, *rows: jax.Array) -> Problem:
             images, logits, labels, targets, keys = rows
             network, there = partial(apply, variables), ThreatModel(eps, *box)
-            return Problem(network, there, images, logits, labels, targets, jax.random.wrap_key_data(keys))
+            return Problem(network, there, images, logits, labels, targets, jax.random.wrap_key_data(keys, impl=KEYS))
 
         def start(*fixed: Any) -> Any:
             p = problem(*fixed)

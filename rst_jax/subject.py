@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rst_jax.driver import Classifier
+from rst_jax.programs import KEYS
 from rst_jax.threat import ThreatModel
 from rst_jax.ticket import Ticket
 
@@ -135,12 +136,12 @@ def check_question(images: np.ndarray, labels: np.ndarray, ids: np.ndarray, thre
 
 
 def key_data(key: jax.Array | None) -> np.ndarray:
-    """The two words of a random key; of `jax.random.key(0)` if there is none.
+    """The two words of a random key; of key 0 if there is none.
 
     Raises:
-      ValueError: it is no key of JAX's default kind.
+      ValueError: it is no key of two words (threefry2x32, what `jax.random.key` makes unless told otherwise).
     """
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0, impl=KEYS) if key is None else key
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     data = np.asarray(key)

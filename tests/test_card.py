@@ -405,3 +405,12 @@ def same_files(whole, killed):
         assert a.keys() == b.keys()
         for key in a:
             np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_another_default_kind_of_random_key_changes_nothing():
+    first = evaluate(attacks=("fgsm-rs", "square"))
+    with jax.default_prng_impl("rbg"):
+        again = evaluate(attacks=("fgsm-rs", "square"))
+    assert plain(again.record) == plain(first.record)
+    for a, b in zip(first.rows, again.rows, strict=True):
+        np.testing.assert_array_equal(a.adversarial, b.adversarial)
