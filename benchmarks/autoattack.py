@@ -264,10 +264,13 @@ def profile(driver: Driver, classifier: Classifier, row: Row, x: np.ndarray, y: 
         "forward and back": jax.grad(lambda v, z: jnp.sum(classifier.apply(v, z)), argnums=1),
     }
 
-    def milliseconds(call: Any) -> float:
+    def milliseconds(call: Any, before: Any = tuple) -> float:
+        """Of a call with what `before` gives."""
+
         def once() -> float:
+            given = jax.block_until_ready(before())
             start = time.perf_counter()
-            jax.block_until_ready(call())
+            jax.block_until_ready(call(*given))
             return 1e3 * (time.perf_counter() - start)
 
         once()
@@ -282,18 +285,18 @@ def profile(driver: Driver, classifier: Classifier, row: Row, x: np.ndarray, y: 
                 )
             )
             told["ms"][name] = round(milliseconds(lambda f=spread: [f(variables, images) for _ in range(20)]) / 20, 3)
+        zero, last = replicate((np.int32(0), np.int32(90)), mesh)
         for attack in {a.program: a for a in row.attacks}.values():
             begin, go_on = driver.programs.attack(attack, row.threat, classifier.apply, fixed)
-            one_by_one = driver.programs.one_by_one(attack, classifier.apply, fixed)
+            calls = 90 if driver.programs.one_by_one(attack, classifier.apply, fixed) else 1
 
-            def steps(last: int, begin: Any = begin, go_on: Any = go_on, one_by_one: bool = one_by_one) -> Any:
-                (state, drawn), i = begin(*fixed), replicate(np.int32(0), mesh)
-                for _ in range(last if one_by_one else 1):
-                    state, i = go_on(*fixed, drawn, state, i, replicate(np.int32(last), mesh))
+            def steps(state: Any, drawn: Any, go_on: Any = go_on, calls: int = calls) -> Any:
+                i = zero
+                for _ in range(calls):
+                    state, i = go_on(*fixed, drawn, state, i, last)
                 return state
 
-            few, many = (milliseconds(lambda last=last, f=steps: f(last)) for last in (10, 90))
-            told["ms"][f"a step of {attack.name}"] = round((many - few) / 80, 3)
+            told["ms"][f"a step of {attack.name}"] = round(milliseconds(steps, partial(begin, *fixed)) / 90, 3)
     return told
 
 
