@@ -220,7 +220,6 @@ def test_what_is_found_is_within_the_threat_model_and_misclassified(attack, clas
     assert (np.linalg.norm(moves, np.inf if norm == "linf" else 2, axis=1) <= eps + 1e-6).all()
     now, broken = case.margins(found.adversarial), found.broken
     assert (now[broken] <= 1e-5).all()
-    np.testing.assert_allclose(now[broken], found.margin[broken], atol=1e-4)
     np.testing.assert_array_equal(found.adversarial[~broken], case.images[~broken])
 
 

@@ -51,8 +51,7 @@ class Found(NamedTuple):
     Attributes:
       adversarial: [N, ...]: a misclassified image, or the clean one.
       broken: bool [N]: `adversarial` is misclassified and within the threat model, so the attack says.
-      margin: [N]: of `adversarial` (`losses.margin`).
-      least: [N]: the smallest margin of any image seen within the threat model.
+      least: [N]: the smallest margin (`losses.margin`) of any image seen within the threat model.
       queries: int32 [N]: forward passes.
       gradients: int32 [N]: backward passes.
       flat: int32 [N]: gradients that were zero in every pixel.
@@ -60,7 +59,6 @@ class Found(NamedTuple):
 
     adversarial: jax.Array
     broken: jax.Array
-    margin: jax.Array
     least: jax.Array
     queries: jax.Array
     gradients: jax.Array
@@ -70,7 +68,7 @@ class Found(NamedTuple):
     def clean(cls, p: Problem) -> "Found":
         """Before the first pass: only what is misclassified as it is."""
         none, now = jnp.zeros(p.labels.shape, jnp.int32), margin(p.logits, p.labels)
-        return cls(p.images, ~correct(p.logits, p.labels), now, now, none, none, none)
+        return cls(p.images, ~correct(p.logits, p.labels), now, none, none, none)
 
     def seen(self, p: Problem, images: jax.Array, logits: jax.Array, gradient: jax.Array | None = None) -> "Found":
         """After a pass over `images`, all within the threat model."""
@@ -87,7 +85,6 @@ class Found(NamedTuple):
         return Found(
             jnp.where(per_example(broken, images), images, self.adversarial),
             self.broken | broken,
-            jnp.where(broken, margin(logits, p.labels), self.margin),
             self.least,
             self.queries + 1,
             self.gradients + int(gradient is not None),
