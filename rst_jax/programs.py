@@ -19,6 +19,10 @@ Tree = Any
 Apply = Callable[[Tree, jax.Array], jax.Array]
 _SPECS = {"r": PartitionSpec(AXIS), "s": PartitionSpec(None, AXIS), "v": PartitionSpec()}
 KEYS = "threefry2x32"  # whatever JAX is told to take by default
+# XLA's library for CPUs adds up the rows of larger arrays in another order than those of smaller ones; so it is left
+# the products and convolutions, and a row's sum does not hang on how many rows there are.
+_LIBRARY = ",".join(f"LIBRARY_FUSION_TYPE_INDIVIDUAL_{kind}" for kind in ("DOT", "CONVOLUTION"))
+_ROW_BY_ROW = {"xla_cpu_experimental_ynn_fusion_type": _LIBRARY}
 Fixed = tuple[Any, ...]  # variables, eps, images, logits, labels, targets, key data
 
 
@@ -117,7 +121,7 @@ class Programs:
                 counted, mesh=self.mesh, in_specs=specs, out_specs=out if len(out) > 1 else out[0], check_vma=False
             )
             # On a CPU, LLVM's later passes cost more time than they bring; what runs once a batch needs none.
-            options = {"xla_backend_optimization_level": int(often)} if on_cpu(self.mesh) else {}
+            options = {"xla_backend_optimization_level": int(often), **_ROW_BY_ROW} if on_cpu(self.mesh) else {}
             donated = kinds.rindex("r") if "s" in kinds else ()
             self._kept[name] = jax.jit(mapped, donate_argnums=donated, compiler_options=options)
         return self._kept[name]

@@ -143,7 +143,7 @@ def convolved(variables, images):
     [(wide, 32, ((3072, 64), (64, 10)), 0.004), (convolved, 12, ((3, 3, 3, 16), (16, 10)), 0.02)],
 )
 def test_nothing_hangs_on_batch_size_for_wide_and_convolutional_networks(apply, side, shapes, eps):
-    """XLA's kernels for one row by itself add up in another order."""
+    """XLA's kernels for one row by itself add up in another order, and those for 4,096 numbers or more."""
     rng = np.random.default_rng(1)
     weights = tuple(rng.normal(size=s).astype(np.float32) / np.prod(s[:-1]) ** 0.5 for s in shapes)
     network, images = Classifier(apply, weights), rng.uniform(0, 1, (13, side, side, 3)).astype(np.float32)
