@@ -10,7 +10,9 @@ finished row and, until it is finished, its batches, from which the same call go
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -49,6 +51,7 @@ Tree = Any
 _FORMAT = 2
 _FRAGILE = 1e-4
 _SHOWN = 10
+_PROBED = 16  # images of noise on which two functions are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,16 +196,18 @@ def measure(
     examples = Examples(images, labels.astype(np.int32), ids, logits)
     rows = make_rows(attacks, threat, eps_l2, faithful, subject.obstacle)
     swept = sweep_rows(threat, images[0].size, subject.obstacle)
-    classes = logits.shape[-1]
-    function_digest = digest({"program": np.asarray(subject.program(images)), "logits": logits})
-    subject_digest = subject_digest or function_digest
+    classes, box = logits.shape[-1], [float(threat.lower), float(threat.upper)]
+    noise = np.random.Generator(np.random.Philox(0)).random((_PROBED, *images.shape[1:]), np.float32)
+    probe = (threat.lower + (threat.upper - threat.lower) * noise).astype(np.float32)
+    function = {"program": np.asarray(subject.program(images)), "logits": driver.logits(classifier, probe)}
+    subject_digest = subject_digest or digest(function)
     images_digest = digest({"images": images, "labels": examples.labels, "ids": ids})
     mode, seed = "faithful" if faithful else "default", driver.key.astype(">u4").tobytes().hex()
-    box = [float(threat.lower), float(threat.upper)]
     question = {
         "format": _FORMAT,
-        "model": [subject_digest, function_digest],
+        "model": digest({"weights": np.asarray(subject_digest), **function}),
         "images": images_digest,
+        "clean logits": digest({"logits": logits}),
         "threat models": [f"{r.threat.norm} {float(r.threat.eps)!r} in {box}" for r in rows],
         "attacks": [[described(attack, classes) for attack in row.attacks] for row in rows],
         "mode": mode,
@@ -325,7 +330,7 @@ def _claim(folder: Path, question: dict[str, Any], held: contextlib.ExitStack) -
         write_json(path, question)
         return
     changed = [
-        f"{name} was {_short(before.get(name))}, now {_short(now)}"
+        "{} was {}, now {}".format(name, *map(_short, _first_apart(before.get(name), now)))
         for name, now in question.items()
         if before.get(name) != now
     ]
@@ -333,6 +338,15 @@ def _claim(folder: Path, question: dict[str, Any], held: contextlib.ExitStack) -
         raise ValueError(f"{folder} belongs to another evaluation: {'; '.join(changed)}. Take a new folder.")
 
 
+def _first_apart(before: Any, now: Any) -> tuple[Any, Any]:
+    """The first entries in which two nested lists differ; None where one has no more."""
+    while isinstance(before, list) and isinstance(now, list):
+        before, now = next(pair for pair in itertools.zip_longest(before, now) if pair[0] != pair[1])
+    return before, now
+
+
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:32]}..."
+    if isinstance(value, list):
+        return _short(value[0]) + ", ..." * (len(value) > 1)
+    text = "nothing" if value is None else str(value)
+    return f"{text[:12]}..." if re.fullmatch("[0-9a-f]{64}", text) else text

@@ -209,7 +209,7 @@ class CardRecord:
     """An evaluation that can be doubted point by point.
 
     Attributes:
-      subject: what was evaluated; subject_digest: of its weights, or of its program and its logits on the clean images.
+      subject: what was evaluated; subject_digest: of its weights, or of its program and its logits on noise.
       images_digest: of images, labels and ids.
       box: the smallest and the largest value of a pixel.
       mode: "default", or "faithful" to the published attacks' quirks.

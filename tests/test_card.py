@@ -135,7 +135,8 @@ def test_a_second_call_takes_what_is_there(made, monkeypatch):
         ({"threat": ThreatModel(0.025 + 1e-9)}, "threat models was"),
         ({"threat": ThreatModel(0.025, upper=0.95)}, "threat models was"),
         ({"key": jax.random.key(1)}, "seed was"),
-        ({"attacks": ("autoattack",)}, "attacks was"),
+        ({"attacks": ("autoattack",)}, r"attacks was PGD-100\(passes=101, .*\), now noise\("),
+        ({"images": IMAGES[:5], "labels": LABELS[:5]}, "was [0-9a-f]{12}..., now [0-9a-f]{12}...; clean logits was"),
         ({"faithful": True}, "mode was"),
     ],
 )
