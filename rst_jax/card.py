@@ -47,7 +47,6 @@ from rst_jax.subject import Subject, check_question, key_data, of_function
 from rst_jax.threat import ThreatModel
 from rst_jax.ticket import Ticket
 
-Tree = Any
 _FORMAT = 2
 _FRAGILE = 1e-4
 _SHOWN = 10

@@ -157,8 +157,9 @@ def check_rows(rows: Sequence[Row], evidence: Sequence[Evidence]) -> list[Check]
             white[: len(e.attack)] |= np.isin(e.attack, guided)
             if not guided:
                 black[: len(e.attack)] |= e.attack >= 0
-            passes = (e.queries + e.gradients)[e.standing]
-            tried = max(tried, float(np.median(passes)) if len(passes) else np.inf)
+            if len(e.attack) == n:  # a row of the first examples says nothing of the others
+                passes = (e.queries + e.gradients)[e.standing]
+                tried = max(tried, float(np.median(passes)) if len(passes) else np.inf)
         checks.append(
             Check(
                 f"effort, {threat.norm} {threat.eps:.4g}",

@@ -214,6 +214,9 @@ def test_blind_rows_are_held_against_all_that_see():
     few = {name: value[:5] for name, value in hard.items()}
     again = check_rows(rows, [*(evidence(a, **hard)[0] for a in (one, two, noise)), evidence(one[:5], **few)[0]])
     assert names(again) == names(found)
+    # Nor does it stand for them where they were hardly attacked.
+    weak = check_rows(rows[2:], [evidence(np.full(100, -1))[0], evidence(one[:5], **few)[0]])
+    assert "effort, linf 0.03" in names(weak)
 
 
 def test_claims_that_do_not_hold_are_suspect():
