@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rst_jax.losses import correct, margin
-from rst_jax.threat import ThreatModel, per_example
-from rst_jax.threat import flat as in_rows
+from rst_jax.threat import ThreatModel, per_example, pixels
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 
@@ -81,7 +80,7 @@ class Found(NamedTuple):
         """As `seen`, where the caller says which images count."""
         flat = jnp.zeros_like(broken)
         if gradient is not None:
-            flat = jnp.max(jnp.abs(in_rows(gradient)), axis=-1, initial=0) == 0
+            flat = jnp.max(jnp.abs(gradient), axis=pixels(gradient), initial=0) == 0
         return Found(
             jnp.where(per_example(broken, images), images, self.adversarial),
             self.broken | broken,

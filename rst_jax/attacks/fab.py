@@ -13,7 +13,7 @@ from jax import lax
 
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import at, correct
-from rst_jax.threat import ThreatModel, flat, per_example
+from rst_jax.threat import ThreatModel, per_example, pixels
 
 _SETTLED = 64  # Newton steps at most; a handful is usual
 
@@ -69,7 +69,7 @@ class FAB(Attack):
     def step(self, p: Problem, s: FABState, i: jax.Array, drawn: Any = ()) -> FABState:
         """Linearise, project, mix, look, step back."""
         difference, gradient = self._boundary(p, s.x)
-        offset = jnp.sum(flat(gradient) * flat(s.x), axis=-1) - difference
+        offset = jnp.sum(gradient * s.x, axis=pixels(s.x)) - difference
         from_here, from_clean = (to_hyperplane(p.threat, x, gradient, offset) for x in (s.x, p.images))
         far, near = (jnp.maximum(_length(p.threat, d), 1e-8) for d in (from_here, from_clean))
         alpha = per_example(jnp.minimum(far / (far + near), self.alpha_max), s.x)
@@ -121,21 +121,21 @@ def to_hyperplane(threat: ThreatModel, x: jax.Array, normal: jax.Array, offset: 
     Returns:
       The moves [N, ...].
     """
-    shape, (x, normal) = x.shape, (flat(x), flat(normal))
-    excess = jnp.sum(normal * x, axis=-1) - offset
-    way = -jnp.sign(normal) * jnp.where(excess >= 0, 1, -1).astype(x.dtype)[:, None]
+    axes = pixels(x)
+    excess = jnp.sum(normal * x, axis=axes) - offset
+    way = -jnp.sign(normal) * per_example(jnp.where(excess >= 0, 1, -1).astype(x.dtype), x)
     room = jnp.where(way < 0, x - threat.lower, threat.upper - x)
     weight, wanted = jnp.abs(normal), jnp.abs(excess)
     pace = weight if threat.norm == "l2" else jnp.ones_like(weight)
 
     def moves(length: jax.Array) -> jax.Array:
-        return jnp.minimum(length[:, None] * pace, room)
+        return jnp.minimum(per_example(length, x) * pace, room)
 
     def newton(carry: tuple) -> tuple:
         length, slope_before, settled, count = carry
-        free = length[:, None] * pace < room
-        slope = jnp.sum(jnp.where(free, weight * pace, 0), axis=-1)
-        missing = wanted - jnp.sum(weight * moves(length), axis=-1)
+        free = per_example(length, x) * pace < room
+        slope = jnp.sum(jnp.where(free, weight * pace, 0), axis=axes)
+        missing = wanted - jnp.sum(weight * moves(length), axis=axes)
         after = jnp.where(slope > 0, length + missing / jnp.where(slope > 0, slope, 1), jnp.inf)
         settled = settled | (slope == slope_before)  # the same pixels are free: the last step was exact
         return jnp.where(settled, length, after), slope, settled | ~(slope > 0), count + 1
@@ -144,7 +144,7 @@ def to_hyperplane(threat: ThreatModel, x: jax.Array, normal: jax.Array, offset: 
     start = (n, n - 1, jnp.zeros(n.shape, bool), jnp.int32(0))
     length, *_ = lax.while_loop(lambda c: ~jnp.all(c[2]) & (c[3] < _SETTLED), newton, start)
     full = jnp.isinf(length)
-    return (way * jnp.where(full[:, None], room, moves(jnp.where(full, 0, length)))).reshape(shape)
+    return way * jnp.where(per_example(full, x), room, moves(jnp.where(full, 0, length)))
 
 
 def _length(threat: ThreatModel, move: jax.Array) -> jax.Array:
@@ -152,4 +152,4 @@ def _length(threat: ThreatModel, move: jax.Array) -> jax.Array:
 
 
 def _dual_length(threat: ThreatModel, gradient: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.abs(flat(gradient)), axis=-1) if threat.norm == "linf" else _length(threat, gradient)
+    return jnp.sum(jnp.abs(gradient), axis=pixels(gradient)) if threat.norm == "linf" else _length(threat, gradient)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import cross_entropy
-from rst_jax.threat import flat, per_example
+from rst_jax.threat import per_example, pixels
 
 
 class MIMState(NamedTuple):
@@ -44,7 +44,7 @@ class MIM(Attack):
     def step(self, p: Problem, s: MIMState, i: jax.Array, drawn: Any = ()) -> MIMState:
         """Look, gather the gradient, and take a projected step along what is gathered."""
         _, logits, gradient = ascent(p, s.x, lambda z: cross_entropy(z, p.labels))
-        mean = jnp.mean(jnp.abs(flat(gradient)), axis=-1)
+        mean = jnp.mean(jnp.abs(gradient), axis=pixels(gradient))
         momentum = self.mu * s.momentum + gradient / per_example(jnp.where(mean == 0, 1, mean), s.x)
         size = (1 / self.steps if self.step_size is None else self.step_size) * p.threat.eps
         found = s.found.seen(p, s.x, logits, gradient)
