@@ -32,9 +32,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
 from rst_jax.attacks import autoattack
+from rst_jax.attacks.attack import Attack, Problem
 from rst_jax.driver import Classifier, Driver, Row
 from rst_jax.evidence import Evidence, Examples
-from rst_jax.mesh import AXIS, make_mesh, replicate, split_cpu, split_rows
+from rst_jax.mesh import AXIS, make_mesh, make_tree, replicate, split_cpu, split_rows
 from rst_jax.models.resnet import ResNet
 from rst_jax.records import provenance, read_arrays, write_arrays, write_json
 from rst_jax.state import TicketState, init_variables
@@ -257,8 +258,18 @@ def profile(driver: Driver, classifier: Classifier, row: Row, x: np.ndarray, y: 
     mesh = driver.mesh
     variables, eps = replicate((classifier.variables, np.float32(row.threat.eps)), mesh)
     arrays = examples.images, examples.logits, examples.labels, np.argsort(-examples.logits)[:, 1].astype(np.int32)
-    images, *rest = (split_rows(np.resize(a, (n, *a.shape[1:])), mesh) for a in (*arrays, np.zeros((n, 2), np.uint32)))
+    rows = [np.resize(a, (n, *a.shape[1:])) for a in (*arrays, np.zeros((n, 2), np.uint32))]
+    images, *rest = (split_rows(r, mesh) for r in rows)
     fixed = variables, eps, images, *rest
+
+    def start(attack: Attack) -> Any:
+        def made(part: slice) -> Any:
+            p = Problem(partial(classifier.apply, variables), row.threat, *(r[part] for r in rows))
+            first, each = attack.draw(p)
+            return attack.start(p, first), each
+
+        return make_tree(n, made, mesh)
+
     passes = {
         "forward": lambda v, z: classifier.apply(v, z),
         "forward and back": jax.grad(lambda v, z: jnp.sum(classifier.apply(v, z)), argnums=1),
@@ -287,7 +298,7 @@ def profile(driver: Driver, classifier: Classifier, row: Row, x: np.ndarray, y: 
             told["ms"][name] = round(milliseconds(lambda f=spread: [f(variables, images) for _ in range(20)]) / 20, 3)
         zero, last = replicate((np.int32(0), np.int32(90)), mesh)
         for attack in {a.program: a for a in row.attacks}.values():
-            begin, go_on = driver.programs.attack(attack, row.threat, classifier.apply, fixed)
+            go_on = driver.programs.attack(attack, row.threat, classifier.apply, fixed)
             calls = 90 if driver.programs.one_by_one(attack, classifier.apply, fixed) else 1
 
             def steps(state: Any, drawn: Any, go_on: Any = go_on, calls: int = calls) -> Any:
@@ -296,7 +307,7 @@ def profile(driver: Driver, classifier: Classifier, row: Row, x: np.ndarray, y: 
                     state, i = go_on(*fixed, drawn, state, i, last)
                 return state
 
-            told["ms"][f"a step of {attack.name}"] = round(milliseconds(steps, partial(begin, *fixed)) / 90, 3)
+            told["ms"][f"a step of {attack.name}"] = round(milliseconds(steps, partial(start, attack)) / 90, 3)
     return told
 
 

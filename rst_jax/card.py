@@ -26,7 +26,8 @@ from rst_jax.card_table import table
 from rst_jax.checks import check_function, check_row, check_rows, check_sweep, verdict
 from rst_jax.claims import hold, read_record, refuse_foreign
 from rst_jax.driver import Driver, Row
-from rst_jax.evidence import WRONG, Evidence, Examples, correct
+from rst_jax.evidence import WRONG, Evidence, Examples
+from rst_jax.losses import correct
 from rst_jax.mesh import is_main, make_mesh, on_main
 from rst_jax.records import (
     PRECISION,

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rst_jax.driver import Row
-from rst_jax.evidence import Evidence, margins
+from rst_jax.evidence import Evidence
+from rst_jax.losses import margin
 from rst_jax.records import Check
 from rst_jax.threat import ThreatModel
 
@@ -112,7 +113,7 @@ def check_row(row: Row, evidence: Evidence, logits: np.ndarray, labels: np.ndarr
                 "something kills or hides them",
             )
         )
-        sure = float((margins(logits, labels) > _SATURATED)[standing].mean())
+        sure = float((margin(logits, labels) > _SATURATED)[standing].mean())
         checks.append(
             Check(
                 "not saturated",

@@ -18,6 +18,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from rst_jax import preemption
-from rst_jax.attacks.attack import Attack
-from rst_jax.evidence import Evidence, Examples, correct, distances, margins, within
-from rst_jax.mesh import fetch, from_main, is_main, replicate, split_rows
+from rst_jax.arrays import pixels
+from rst_jax.attacks.attack import Attack, Problem
+from rst_jax.evidence import Evidence, Examples
+from rst_jax.losses import correct, margin
+from rst_jax.mesh import fetch, from_main, is_main, make_tree, replicate, split_rows
 from rst_jax.metrics import progress
 from rst_jax.programs import Apply, Fixed, Programs
 from rst_jax.records import read_arrays, write_arrays
@@ -142,11 +145,11 @@ class Driver:
                 if done is None:
                     if preemption.asked():
                         raise preemption.Preempted
-                    e, target = examples, order[index, rounds + 1] if attack.targeted else np.full_like(rounds, -1)
-                    rows = (e.images[index], e.logits[index], e.labels[index], target, rounds, e.ids[index])
+                    target = order[index, rounds + 1] if attack.targeted else np.full_like(rounds, -1)
                     began = time.monotonic()
-                    size = self._size(len(index), attack, classifier, e.images, left)
-                    done = self._batch(attack, row.threat, classifier, variables, rows, size, bar.tick)
+                    size = self._size(len(index), attack, classifier, examples.images, left)
+                    rows = (index, rounds, target)
+                    done = self._batch(attack, row.threat, classifier, variables, examples, rows, size, bar.tick)
                     self.seconds[attack.name] = self.seconds.get(attack.name, 0.0) + time.monotonic() - began
                     if pieces and is_main():
                         write_arrays(pieces, {**whose, **done})
@@ -182,52 +185,64 @@ class Driver:
         threat: ThreatModel,
         classifier: Classifier,
         variables: Tree,
-        rows: tuple[np.ndarray, ...],
+        examples: Examples,
+        rows: tuple[np.ndarray, np.ndarray, np.ndarray],
         size: int,
         tick: Callable[[int], None],
     ) -> dict[str, np.ndarray]:
-        """One round of an attack on n examples, padded to `size` and verified; `tick` hears of the passes."""
-        images, _, labels, target, *_ = rows
-        n = len(labels)
-        keys = self._keys(attack, *rows[-2:])
+        """One round of an attack on n examples, padded to `size` and verified; `tick` hears of the passes.
+
+        `rows`: numbers of the examples, rounds and targets, [n] each.
+        """
+        index, _, target = rows
+        n, images, labels = len(index), examples.images[index], examples.labels[index]
+
+        def made(part: slice) -> tuple:
+            i, rounds, target = (np.pad(r, (0, size - n), "edge")[part] for r in rows)
+            keys = self._keys(attack, rounds, examples.ids[i])
+            there = (examples.images[i], examples.logits[i], examples.labels[i], target, keys)
+            p = Problem(partial(classifier.apply, variables), threat, *there)
+            first, each = attack.draw(p)
+            return there, each, attack.start(p, first)
+
         with jax.default_matmul_precision("highest"):
-            placed = (self._place(r, size) for r in (*rows[:-2], keys))
-            fixed = (variables, replicate(np.float32(threat.eps), self.mesh), *placed)
-            state = self._walk(attack, threat, classifier, fixed, n, tick)
+            there, drawn, state = make_tree(size, made, self.mesh)
+            fixed = (variables, replicate(np.float32(threat.eps), self.mesh), *there)
+            state = self._walk(attack, threat, classifier, fixed, drawn, state, n, tick)
             minimal = {"image": state.image} if hasattr(state, "image") else {}
             got = {name: value[:n] for name, value in fetch({**state.found._asdict(), **minimal}).items()}
         claimed, adversarial = got["broken"], got["adversarial"]
-        held, finite = np.zeros(n, bool), np.isfinite(adversarial).all(axis=tuple(range(1, adversarial.ndim)))
-        margin, prediction = np.zeros(n, np.float32), np.zeros(n, np.int32)
+        held, finite = np.zeros(n, bool), np.isfinite(adversarial).all(axis=pixels(adversarial))
+        prediction, now = np.zeros(n, np.int32), np.zeros(n, np.float32)
+        exact = adversarial.astype(np.float64), images.astype(np.float64)
         if claimed.any():
             logits = self.logits(classifier, adversarial[claimed], another=True)
             finite[claimed] &= np.isfinite(logits).all(-1)
-            right = correct(logits, labels[claimed])
-            held[claimed] = ~right & finite[claimed] & within(threat, adversarial[claimed], images[claimed])
-            margin[claimed] = margins(logits, labels[claimed])
-            prediction[claimed] = np.argmax(logits, -1)
+            held[claimed] = ~correct(logits, labels[claimed])
+            held &= finite & ~threat.violations(*exact)
+            now[claimed], prediction[claimed] = margin(logits, labels[claimed]), np.argmax(logits, -1)
         done = {
             "held": held,
             "target": target,
             "prediction": prediction,
-            "margin": margin,
+            "margin": now,
             "closest": np.full(n, np.inf, np.float32),
             "least": got["least"],
             "queries": got["queries"],
             "gradients": got["gradients"],
             "flat": got["flat"],
             "adversarial": adversarial[held],
-            "distance": distances(threat, adversarial, images).astype(np.float32),
+            "distance": threat.distance(*exact).astype(np.float32),
             "unverified": np.asarray(int((claimed & ~held).sum()), np.int32),
             "not_finite": np.asarray(int((~finite).sum()), np.int32),
         }
         if minimal:  # the closest image, wherever it is in the box
-            image = got["image"]
-            moved = (image != images).any(axis=tuple(range(1, images.ndim)))
+            image, anywhere = got["image"], ThreatModel(math.inf, "l2", threat.lower, threat.upper)
+            moved = (image != images).any(axis=pixels(images))
             near = ~correct(self.logits(classifier, image, another=True), labels)
-            near &= within(ThreatModel(math.inf, "l2", threat.lower, threat.upper), image, images)
-            lengths = distances(ThreatModel(math.inf, "l2"), image, images)
-            done["closest"] = np.where(near, lengths, np.inf).astype(np.float32)
+            exact = image.astype(np.float64), images.astype(np.float64)
+            near &= ~anywhere.violations(*exact)
+            done["closest"] = np.where(near, anywhere.distance(*exact), np.inf).astype(np.float32)
             done["unverified"] += np.int32((moved & ~near).sum())
         return done
 
@@ -237,12 +252,13 @@ class Driver:
         threat: ThreatModel,
         classifier: Classifier,
         fixed: Fixed,
+        drawn: Tree,
+        state: Tree,
         n: int,
         tick: Callable[[int], None],
     ) -> Any:
         """The state after a round on placed rows, the first n of which are real; stops when all of these are broken."""
-        begin, go_on = self.programs.attack(attack, threat, classifier.apply, fixed)
-        (state, drawn), i = begin(*fixed), self._number(0)
+        go_on, i = self.programs.attack(attack, threat, classifier.apply, fixed), self._number(0)
         work = len(fixed[2]) * self._operations(attack, classifier, fixed[2])
         looks = math.ceil(min(max(work / self.programs.worth, 1), _LOOKS))  # each costs a wait
         look, one_by_one = -(-attack.passes // looks), self.programs.one_by_one(attack, classifier.apply, fixed)

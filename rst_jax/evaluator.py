@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rst_jax.config import Config
 from rst_jax.data import Dataset, Split, prefetched
-from rst_jax.evidence import correct
+from rst_jax.losses import correct
 from rst_jax.mesh import AXIS, fetch, on_cpu, replicate, split_rows
 from rst_jax.metrics import progress
 from rst_jax.records import PRECISION, AttackRecord, TicketRecord, accuracy, provenance

@@ -5,9 +5,8 @@ import dataclasses
 import numpy as np
 
 from rst_jax.attacks.attack import Attack
-from rst_jax.threat import ThreatModel
+from rst_jax.losses import correct, margin
 
-_TOLERANCE = 1e-6  # of ball and box, over the largest value of the box or 1: the rounding of float32 images
 STANDING, WRONG = -1, -2  # in place of an attack's number
 
 
@@ -73,10 +72,10 @@ class Evidence:
             round=np.full(n, -1, np.int16),
             target=np.full(n, -1, np.int32),
             prediction=np.argmax(examples.logits, -1).astype(np.int32),
-            clean=margins(examples.logits, examples.labels),
-            margin=margins(examples.logits, examples.labels),
+            clean=margin(examples.logits, examples.labels),
+            margin=margin(examples.logits, examples.labels),
             distance=np.zeros(n, np.float32),
-            least=margins(examples.logits, examples.labels),
+            least=margin(examples.logits, examples.labels),
             closest=np.full(n, np.inf, np.float32),
             queries=np.zeros(n, np.int32),
             gradients=np.zeros(n, np.int32),
@@ -113,31 +112,3 @@ class Evidence:
         self.adversarial[broken] = done["adversarial"][first]
         self.unverified[number] += done["unverified"]
         self.not_finite[number] += done["not_finite"]
-
-
-def correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which logits [n, classes] name the label: bool [n]; logits that are not finite name none."""
-    return (np.argmax(logits, -1) == labels) & np.isfinite(logits).all(-1)
-
-
-def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """As `losses.margin`, on the host: float32 [n]."""
-    rows = np.arange(len(labels))
-    others = logits.astype(np.float32)
-    mine = others[rows, labels]
-    others[rows, labels] = -np.inf
-    return mine - others.max(-1)
-
-
-def distances(threat: ThreatModel, adversarial: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """How far images were moved, in the threat model's norm: float64 [n]."""
-    delta = (adversarial.astype(np.float64) - images.astype(np.float64)).reshape(len(images), -1)
-    return np.abs(delta).max(-1, initial=0) if threat.norm == "linf" else np.linalg.norm(delta, axis=-1)
-
-
-def within(threat: ThreatModel, adversarial: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Which adversarial images lie in ball and box, computed in float64: bool [n]."""
-    axes = tuple(range(1, images.ndim))
-    slack = _TOLERANCE * max(1, abs(threat.lower), abs(threat.upper))
-    inside = (adversarial >= threat.lower - slack) & (adversarial <= threat.upper + slack)
-    return inside.all(axis=axes) & (distances(threat, adversarial, images) <= float(threat.eps) + slack)

@@ -1,11 +1,19 @@
-"""Losses and correctness, one value an example: [N, classes] logits and [N] integer labels to [N]."""
+"""Losses and correctness, one value an example: [N, classes] logits and [N] integer labels to [N].
+
+Margins and correctness are NumPy's where the logits are.
+"""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from rst_jax.arrays import Array, numpy_of
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+
+def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array:
     """-sum_c q_c log softmax(logits)_c, q = (1 - smoothing) on the label + smoothing spread over all classes."""
     log_p = jax.nn.log_softmax(logits)
     at_label = at(log_p, labels)
@@ -14,25 +22,23 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     return -((1 - smoothing) * at_label + smoothing * jnp.mean(log_p, axis=-1))
 
 
-def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def margin(logits: Array, labels: Array) -> Array:
     """z_y - max_{i != y} z_i: how far the label's logit is above the next; negative where it is not the largest."""
-    mine = at(logits, labels)
-    others = jnp.where(one_hot(labels, logits), -jnp.inf, logits)
-    return mine - jnp.max(others, axis=-1)
+    others = numpy_of(logits).where(one_hot(labels, logits), -np.inf, logits)
+    return at(logits, labels) - others.max(-1)
 
 
-def dlr(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def dlr(logits: Array, labels: Array) -> Array:
     """Difference of logits ratio (Croce and Hein, 2020, eq. 6): -margin / (z_1 - z_3), over descending logits.
 
     It is the same for shifted and scaled logits. With two classes there is no third: -margin.
     """
     if logits.shape[-1] < 3:
         return -margin(logits, labels)
-    first, _, third = largest(logits, 3)
-    return -margin(logits, labels) / (first - third + 1e-12)
+    return -margin(logits, labels) / (weighed(logits, (1, 0, -1)) + 1e-12)
 
 
-def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> jax.Array:
+def targeted_dlr(logits: Array, labels: Array, targets: Array) -> Array:
     """Targeted DLR (Croce and Hein, 2020, eq. 7): -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2), over descending logits.
 
     With fewer than four classes there is no fourth: z_t - z_y.
@@ -40,30 +46,31 @@ def targeted_dlr(logits: jax.Array, labels: jax.Array, targets: jax.Array) -> ja
     ahead = at(logits, targets) - at(logits, labels)
     if logits.shape[-1] < 4:
         return ahead
-    first, _, third, fourth = largest(logits, 4)
-    return ahead / (first - 0.5 * (third + fourth) + 1e-12)
+    return ahead / (weighed(logits, (1, 0, -0.5, -0.5)) + 1e-12)
 
 
-def at(logits: jax.Array, classes: jax.Array) -> jax.Array:
+def at(logits: Array, classes: Array) -> Array:
     """The logit of one class an example: [N] of [N, classes] and integers [N]."""
-    return jnp.sum(jnp.where(one_hot(classes, logits), logits, 0), axis=-1)
+    return numpy_of(logits).where(one_hot(classes, logits), logits, 0).sum(-1)
 
 
-def one_hot(classes: jax.Array, logits: jax.Array) -> jax.Array:
+def one_hot(classes: Array, logits: Array) -> Array:
     """Which logit is the class's: bool [N, classes] of integers [N]."""
-    return jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
+    return classes[:, None] == np.arange(logits.shape[-1], dtype=classes.dtype)
 
 
-def largest(logits: jax.Array, count: int) -> list[jax.Array]:
-    """The `count` largest logits of each example, in descending order, each [N]; for a few, quicker than a sort."""
-    found = []
-    for _ in range(count):
-        top = lax.argmax(logits, logits.ndim - 1, jnp.int32)
-        found.append(at(logits, top))
-        logits = jnp.where(one_hot(top, logits), -jnp.inf, logits)
-    return found
+def weighed(logits: Array, weights: Sequence[float]) -> Array:
+    """sum_k w_k z_k over the largest logits in descending order, [N]; of equals, the first is the larger.
+
+    A logit's rank is counted, which compiles in a fraction of the time of a sort.
+    """
+    z, order = lax.stop_gradient(logits), np.arange(logits.shape[-1])
+    above = (z[:, None, :] > z[:, :, None]) | ((z[:, None, :] == z[:, :, None]) & (order[:, None] > order))
+    rank = jnp.sum(above, axis=-1, dtype=jnp.int32)
+    share = sum(jnp.where(rank == k, jnp.asarray(w, z.dtype), 0) for k, w in enumerate(weights) if w)
+    return jnp.sum(jnp.where(share == 0, 0, share * logits), axis=-1)
 
 
-def correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def correct(logits: Array, labels: Array) -> Array:
     """Whether the largest logit (the first of equals) is the label's: bool [N]; what is not finite is never right."""
-    return (lax.argmax(logits, logits.ndim - 1, labels.dtype) == labels) & jnp.isfinite(logits).all(-1)
+    return (logits.argmax(-1).astype(labels.dtype) == labels) & numpy_of(logits).isfinite(logits).all(-1)

@@ -65,6 +65,20 @@ def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     return make_rows(rows.shape, lambda index: rows[index], mesh)
 
 
+def make_tree(n: int, rows: Callable[[slice], Tree], mesh: Mesh) -> Tree:
+    """As `make_rows`, a tree of arrays [n, ...] that are made together."""
+    places: Any = NamedSharding(mesh, PartitionSpec(AXIS)).addressable_devices_indices_map((n,)).values()
+    parts = {part.start: rows(part) for (part,) in places}
+    leaves = {start: jax.tree.leaves(tree) for start, tree in parts.items()}
+    some = next(iter(parts.values()))
+
+    def whole(number: int, leaf: np.ndarray) -> jax.Array:  # of copies: no two share memory, and each can be given up
+        return make_rows((n, *leaf.shape[1:]), lambda part: np.array(leaves[part.start][number]), mesh)
+
+    arrays = [whole(number, leaf) for number, leaf in enumerate(jax.tree.leaves(some))]
+    return jax.tree.unflatten(jax.tree.structure(some), arrays)
+
+
 def fetch(tree: Tree) -> Tree:
     """Global arrays, replicated or split by rows, as whole NumPy arrays on every process."""
 

@@ -17,7 +17,7 @@ from rst_jax.threat import ThreatModel
 
 Tree = Any
 Apply = Callable[[Tree, jax.Array], jax.Array]
-_SPECS = {"r": PartitionSpec(AXIS), "s": PartitionSpec(None, AXIS), "v": PartitionSpec()}
+_SPECS = {"r": PartitionSpec(AXIS), "v": PartitionSpec()}
 KEYS = "threefry2x32"  # whatever JAX is told to take by default
 # XLA's library for CPUs adds up the rows of larger arrays in another order than those of smaller ones; so it is left
 # the products and convolutions, and a row's sum does not hang on how many rows there are.
@@ -45,7 +45,7 @@ class Programs:
 
     def logits(self, apply: Apply) -> Callable:
         """(variables, images [N, ...]) to logits [N, classes]."""
-        return self._program(("logits", apply), apply, "vr", "r", "logits", False)
+        return self._program(("logits", apply), apply, "vr", "r", "logits")
 
     def operations(self, apply: Apply, variables: Tree, images: Any) -> float:
         """What a forward pass over one of `images` needs, by formula; inf where that is not known."""
@@ -67,11 +67,11 @@ class Programs:
             self._slow[apply] = has_convolution(apply, variables, images)
         return self._slow[apply]
 
-    def attack(self, attack: Attack, threat: ThreatModel, apply: Apply, fixed: Fixed) -> tuple[Callable, Callable]:
-        """Of an attack: fixed to (state, drawn), and (fixed, drawn, state, i, last) to (state, i).
+    def attack(self, attack: Attack, threat: ThreatModel, apply: Apply, fixed: Fixed) -> Callable:
+        """Of an attack: (fixed, drawn, state, i, last) to (state, i).
 
-        The second makes the step i, or all up to `last`, which it ends early when every example is broken; it gives up
-        the state it was given.
+        It makes the step i, or all up to `last`, which it ends early when every example is broken; it gives up the
+        state it was given.
         """
         box, program = (threat.norm, threat.lower, threat.upper), attack.program
 
@@ -79,11 +79,6 @@ class Programs:
             images, logits, labels, targets, keys = rows
             network, there = partial(apply, variables), ThreatModel(eps, *box)
             return Problem(network, there, images, logits, labels, targets, jax.random.wrap_key_data(keys, impl=KEYS))
-
-        def start(*fixed: Any) -> Any:
-            p = problem(*fixed)
-            first, drawn = program.draw(p)
-            return program.start(p, first), drawn
 
         def step(*arguments: Any) -> Any:
             *fixed, drawn, state, i, _ = arguments
@@ -98,17 +93,16 @@ class Programs:
             state, _ = lax.while_loop(go, lambda carry: step(*fixed, *carry, last), (state, i))
             return state, last
 
-        name = (program, apply, *box)
-        blind = not attack.needs_gradient  # then the start draws for every step
-        begin = self._program((*name, "start"), start, "vvrrrrr", "rs", attack.name, blind)
         many = step if self.one_by_one(attack, apply, fixed) else steps
-        return begin, self._program((*name, "steps"), many, "vvrrrrr" + "srvv", "rv", attack.name, True)
+        return self._program((program, apply, *box), many, "vvrrrrr" + "rrvv", "rv", attack.name, gives_up=8)
 
-    def _program(self, name: Any, inner: Callable, kinds: str, results: str, counted_as: str, often: bool) -> Any:
-        """A function over the mesh, kept under its name; compiled once for each batch size. Does it run often?
+    def _program(
+        self, name: Any, inner: Callable, kinds: str, results: str, counted_as: str, gives_up: int | None = None
+    ) -> Callable:
+        """A function over the mesh, kept under its name; compiled once for each batch size.
 
-        `kinds` of its arguments and results: r(ows), s(teps of rows), or v(alues that all devices hold). A step, which
-        takes such, gives up its state: the last rows among its arguments.
+        `kinds` of its arguments and results: r(ows), or v(alues that all devices hold). A step `gives_up` the argument
+        that is its state.
         """
         if name not in self._kept:
             specs, out = (tuple(_SPECS[k] for k in those) for those in (kinds, results))
@@ -121,7 +115,7 @@ class Programs:
                 counted, mesh=self.mesh, in_specs=specs, out_specs=out if len(out) > 1 else out[0], check_vma=False
             )
             # On a CPU, LLVM's later passes cost more time than they bring; what runs once a batch needs none.
-            options = {"xla_backend_optimization_level": int(often), **_ROW_BY_ROW} if on_cpu(self.mesh) else {}
-            donated = kinds.rindex("r") if "s" in kinds else ()
-            self._kept[name] = jax.jit(mapped, donate_argnums=donated, compiler_options=options)
+            level = 0 if gives_up is None else 1
+            options = {"xla_backend_optimization_level": level, **_ROW_BY_ROW} if on_cpu(self.mesh) else {}
+            self._kept[name] = jax.jit(mapped, donate_argnums=gives_up, compiler_options=options)
         return self._kept[name]

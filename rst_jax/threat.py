@@ -1,25 +1,24 @@
-"""The threat model: a norm, a radius and the pixel box; random starts, steepest ascent, projection, distance."""
+"""The threat model: a norm, a radius and the pixel box; random starts, steepest ascent, projection, distance.
+
+All but the noise works on NumPy's arrays too.
+"""
 
 import dataclasses
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
+
+from rst_jax.arrays import Array, l2_norm, numpy_of, per_example, pixels
+
+_ROUNDING = 1e-6  # of float32 images, over the largest value of the box or 1
 
 
-def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
-    """[N] as [N, 1, ...], to go with an array [N, ...]."""
-    return values.reshape(-1, *(1,) * (like.ndim - 1))
+def ball(drawn: Array, like: Array) -> Array:
+    """Uniform points of the unit L2 ball, [N, ...], of normal draws [N, pixels + 2].
 
-
-def l2_norm(x: jax.Array) -> jax.Array:
-    """The Euclidean norm of each example: [N] of [N, ...]."""
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=pixels(x)))
-
-
-def pixels(x: jax.Array) -> tuple[int, ...]:
-    """The axes of [N, ...] but the first; on a CPU, sums over them all are quicker than over one long axis."""
-    return tuple(range(1, x.ndim))
+    Over their norm the draws are uniform on a sphere, and so is in the ball what is left of it without two coordinates.
+    """
+    return (drawn[:, :-2] / per_example(l2_norm(drawn), drawn)).reshape(like.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,54 +47,44 @@ class ThreatModel:
         shape, dtype = images.shape[1:], images.dtype
         if self.norm == "linf":
             return jax.vmap(lambda k: jax.random.uniform(k, shape, dtype, -self.eps, self.eps))(keys)
+        return self.eps * ball(jax.vmap(lambda k: jax.random.normal(k, (images[0].size + 2,), dtype))(keys), images)
 
-        def ball(key: jax.Array) -> jax.Array:
-            direction, radius = jax.random.split(key)
-            z = jax.random.normal(direction, shape, dtype)
-            r = jax.random.uniform(radius, (), dtype) ** (1 / z.size)
-            return self.eps * r * z / jnp.linalg.norm(z.reshape(-1))
-
-        return jax.vmap(ball)(keys)
-
-    def steepest(self, gradient: jax.Array) -> jax.Array:
+    def steepest(self, gradient: Array) -> Array:
         """The unit step along which a linear function grows fastest: sign, or the gradient over its norm."""
-        if self.norm == "linf":
-            return jnp.sign(gradient)
-        return self.unit(gradient)
+        return numpy_of(gradient).sign(gradient) if self.norm == "linf" else self.unit(gradient)
 
-    def unit(self, x: jax.Array) -> jax.Array:
+    def unit(self, x: Array) -> Array:
         """x over its norm: [N, ...] of norm one each (zero stays zero)."""
-        length = jnp.max(jnp.abs(x), axis=pixels(x), initial=0) if self.norm == "linf" else l2_norm(x)
-        return x / (per_example(length, x) + 1e-12)
+        return x / (per_example(self.length(x), x) + 1e-12)
 
-    def clip(self, x: jax.Array) -> jax.Array:
+    def clip(self, x: Array) -> Array:
         """Into the box."""
-        return jnp.clip(x, self.lower, self.upper)
+        return x.clip(self.lower, self.upper)
 
-    def ascend(
-        self, adversarial: jax.Array, gradient: jax.Array, size: jax.Array | float, images: jax.Array
-    ) -> jax.Array:
+    def ascend(self, adversarial: Array, gradient: Array, size: Array | float, images: Array) -> Array:
         """A step of `size` (a number, or [N, 1, ...]) along the steepest ascent, projected."""
         return self.project(adversarial + size * self.steepest(gradient), images)
 
-    def project(self, adversarial: jax.Array, images: jax.Array) -> jax.Array:
+    def project(self, adversarial: Array, images: Array) -> Array:
         """Into the ball around `images`, then into the box (the images lie in it, so the ball is not left again)."""
         if self.norm == "linf":
-            inside = jnp.clip(adversarial, images - self.eps, images + self.eps)
-        else:
-            delta = adversarial - images
-            length = per_example(l2_norm(delta), delta)
-            inside = images + delta * jnp.minimum(1.0, self.eps / jnp.maximum(length, 1e-12)).astype(delta.dtype)
-        return self.clip(inside)
+            return self.clip(adversarial.clip(images - self.eps, images + self.eps))
+        delta, there = adversarial - images, numpy_of(adversarial)
+        shrink = there.minimum(1.0, self.eps / there.maximum(l2_norm(delta), 1e-12)).astype(delta.dtype)
+        return self.clip(images + delta * per_example(shrink, delta))
 
-    def distance(self, adversarial: jax.Array, images: jax.Array) -> jax.Array:
+    def length(self, move: Array) -> Array:
+        """Of each move, its norm: [N] of [N, ...]."""
+        return abs(move).max(axis=pixels(move), initial=0) if self.norm == "linf" else l2_norm(move)
+
+    def distance(self, adversarial: Array, images: Array) -> Array:
         """How far each image was moved, in the norm: [N]."""
-        delta = adversarial - images
-        return jnp.max(jnp.abs(delta), axis=pixels(delta), initial=0) if self.norm == "linf" else l2_norm(delta)
+        return self.length(adversarial - images)
 
-    def violations(self, adversarial: jax.Array, images: jax.Array, tolerance: float = 1e-6) -> jax.Array:
-        """Which images left the ball or the box by more than `tolerance`, or are not finite: bool [N]."""
-        axes = pixels(images)
-        outside = jnp.any((adversarial < self.lower - tolerance) | (adversarial > self.upper + tolerance), axis=axes)
-        finite = jnp.all(jnp.isfinite(adversarial), axis=axes)
-        return outside | ~finite | (self.distance(adversarial, images) > self.eps + tolerance)
+    def violations(self, adversarial: Array, images: Array) -> Array:
+        """Which images left the ball or the box by more than float32 rounds, or are not finite: bool [N]."""
+        # Comparisons that hold of no NaN.
+        slack = _ROUNDING * max(1, abs(self.lower), abs(self.upper))
+        inside = (adversarial >= self.lower - slack) & (adversarial <= self.upper + slack)
+        near = self.distance(adversarial, images) <= self.eps + slack
+        return ~(inside.all(axis=pixels(images)) & near)

@@ -14,7 +14,7 @@ from jax import lax
 from rst_jax.attacks.apgd import APGD, checkpoints
 from rst_jax.attacks.attack import Problem, advance
 from rst_jax.attacks.fab import FAB
-from rst_jax.attacks.square import Proposal, Square, pattern
+from rst_jax.attacks.square import Square, pattern
 from rst_jax.losses import correct, dlr, margin, targeted_dlr
 from rst_jax.threat import ThreatModel
 
@@ -197,12 +197,13 @@ def test_square_is_theirs_at_every_query(norm):
     t, p = traces()[f"square-{norm}"], problem(f"square-{norm}", norm)
     queries, n = t["margins"].shape
     square = Square(steps=queries, faithful=True)
-    ahead = ((1, 0),)  # the first pass has no proposal
-    corners = np.pad(np.repeat(t["corners"][:, None], n, 1), (*ahead, (0, 0), (0, 0)))  # one place for all examples
-    upright = np.pad(np.repeat(t["upright"][:, None], n, 1), (*ahead, (0, 0)))
-    signs = np.pad(t["signs"], (*ahead, (0, 0), (0, 0)))
-    more = (corners[..., 2:], upright) if norm == "l2" else ()
-    drawn = jax.tree.map(jnp.asarray, Proposal(corners[..., :2], signs, *more))
+    # What must be drawn so that theirs follows; one place for all examples; the first pass has no proposal.
+    room = np.asarray(p.images.shape[1:3]) - np.asarray(square.sides(p.images.shape[1:], norm))[1:, None]
+    signs, corners = np.where(t["signs"] < 0, 0.25, 0.75), np.repeat(t["corners"][:, None], n, 1)
+    places = (corners + 0.5) / np.tile(np.maximum(room, 1), (1, corners.shape[-1] // 2))[:, None]
+    lies = np.where(np.repeat(t["upright"][:, None, None], n, 1), 0.25, 0.75) if norm == "l2" else places[..., :0]
+    drawn = np.pad(np.concatenate([signs, places, lies], -1), ((1, 0), (0, 0), (0, 0))).swapaxes(0, 1)
+    drawn = jnp.asarray(drawn, jnp.float32)
     last, every, seen = walk(
         p, square, square.start(p, jnp.asarray(t["noise"])), drawn, functools.partial(advance, square)
     )

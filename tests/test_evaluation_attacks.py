@@ -12,7 +12,7 @@ from jax import lax
 from scipy.optimize import linprog, minimize
 
 from rst_jax.attacks import APGD, CWL2, FAB, MIM, PGD, Bandits, Problem, Square
-from rst_jax.attacks.attack import Found, advance
+from rst_jax.attacks.attack import Found, advance, normal, uniform
 from rst_jax.attacks.fab import to_hyperplane
 from rst_jax.attacks.square import pattern
 from rst_jax.threat import ThreatModel
@@ -41,16 +41,15 @@ ATTACKS = {
     static_argnames=("attack", "network", "norm"),
     compiler_options=QUICKLY,
 )
-def path(attack, network, norm, weights, eps, images, labels, targets, keys):
+def path(attack, network, norm, weights, eps, state, drawn, *rows):
     """The states of an attack, the start's first, each array [passes + 1, N, ...]."""
-    threat, logits = ThreatModel(eps, norm), network(weights, images)
-    p = Problem(lambda x: network(weights, x), threat, images, logits, labels, targets, keys)
-    first, drawn = attack.draw(p)
+    *rows, keys = rows
+    p = Problem(lambda x: network(weights, x), ThreatModel(eps, norm), *rows, jax.random.wrap_key_data(keys))
 
     def body(state, i):
         return advance(attack, p, state, i, drawn), state
 
-    last, states = lax.scan(body, attack.start(p, first), jnp.arange(attack.passes, dtype=jnp.int32))
+    last, states = lax.scan(body, state, jnp.arange(attack.passes, dtype=jnp.int32))
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), states, last)
 
 
@@ -62,7 +61,7 @@ class Case:
     weights: tuple
     images: np.ndarray
     labels: np.ndarray
-    keys: jax.Array
+    keys: np.ndarray
 
     def logits(self, images=None):
         return np.asarray(forward(self.network, self.weights, self.images if images is None else images))
@@ -82,8 +81,12 @@ class Case:
     def path(self, attack, norm, eps, rank=2):
         targets = np.argsort(-self.logits(), 1, kind="stable")[:, rank - 1].astype(np.int32)
         targets = targets if rank else np.full_like(targets, -1)
-        arrays = np.float32(eps), self.images, self.labels, targets, self.keys
-        return jax.tree.map(np.asarray, path(attack, self.network, norm, self.weights, *arrays))
+        rows = self.images, self.logits(), self.labels, targets, self.keys
+        p = Problem(functools.partial(self.network, self.weights), ThreatModel(eps, norm), *rows)
+        first, drawn = attack.draw(p)
+        start = attack.start(p, first)
+        states = path(attack, self.network, norm, self.weights, np.float32(eps), start, drawn, *rows)
+        return jax.tree.map(np.asarray, states)
 
     def end(self, attack, norm, eps, rank=2):
         return jax.tree.map(lambda a: a[-1], self.path(attack, norm, eps, rank))
@@ -111,7 +114,7 @@ def small_network(n, shape, classes, seed):
     weights = (rng.normal(size=(size, 12)) / size**0.5, rng.normal(size=(12, classes)))
     weights = tuple(w.astype(np.float32) for w in weights)
     images = rng.uniform(size=(n, *shape)).astype(np.float32)
-    case = Case(two_layers, weights, images, np.zeros(n, np.int32), jax.random.split(jax.random.key(seed), n))
+    case = Case(two_layers, weights, images, np.zeros(n, np.int32), rng.integers(2**32, size=(n, 2), dtype=np.uint32))
     labels = np.where(rng.uniform(size=n) < 0.25, rng.integers(classes, size=n), case.logits().argmax(1))
     return dataclasses.replace(case, labels=labels.astype(np.int32))
 
@@ -137,7 +140,7 @@ def linear(classes):
             ]
         )
     weights = (w.astype(np.float32), bias.astype(np.float32))
-    keys = jax.random.split(jax.random.key(seed), n)
+    keys = rng.integers(2**32, size=(n, 2), dtype=np.uint32)
     return Case(affine, weights, images.astype(np.float32), labels.astype(np.int32), keys), distances
 
 
@@ -283,11 +286,12 @@ def test_every_forward_pass_is_counted(attack, norm):
         calls.append(x)
         return SHARED.network(SHARED.weights, x)
 
-    images, labels = jnp.asarray(SHARED.images), jnp.asarray(SHARED.labels)
+    images, labels = SHARED.images, SHARED.labels
     p = Problem(counting, ThreatModel(0.0, norm), images, SHARED.logits(), labels, labels, SHARED.keys)
     first, drawn = attack.draw(p)
-    state = jax.eval_shape(lambda: attack.start(p, first))
+    state = attack.start(p, first)
     assert not calls
+    p = dataclasses.replace(p, keys=jax.random.wrap_key_data(SHARED.keys))
     jax.eval_shape(lambda state: advance(attack, p, state, jnp.int32(0), drawn), state)
     queries = SHARED.end(attack, norm, 0.0).found.queries
     np.testing.assert_array_equal(queries[~SHARED.wrong], attack.passes * len(calls))
@@ -404,17 +408,47 @@ def test_the_gradient_free_attacks_find_what_lies_well_within_the_ball():
 
 
 def test_found_keeps_what_it_has_where_nothing_new_counts():
-    images, labels, logits = map(jnp.asarray, (SHARED.images, SHARED.labels, SHARED.logits()))
+    images, labels, logits = SHARED.images, SHARED.labels, jnp.asarray(SHARED.logits())
     p = Problem(lambda x: x, ThreatModel(0.1), images, logits, labels, labels, SHARED.keys)
     found = Found.clean(p)
     np.testing.assert_array_equal(found.broken, SHARED.wrong)
     found = found.seen(p, images + 1, logits)
     np.testing.assert_array_equal(found.broken, SHARED.wrong)
-    np.testing.assert_array_equal(jnp.any(found.adversarial != images, axis=(1, 2, 3)), SHARED.wrong)
+    np.testing.assert_array_equal(np.any(found.adversarial != images, axis=(1, 2, 3)), SHARED.wrong)
     again = found.judged(p, images + 2, logits, jnp.zeros(6, bool), jnp.zeros_like(images))
     np.testing.assert_array_equal(again.adversarial, found.adversarial)
     for field, expected in (("queries", 2), ("gradients", 1), ("flat", 1)):
         np.testing.assert_array_equal(getattr(again, field), expected)
+
+
+@pytest.mark.parametrize("draw", [normal, uniform])
+def test_a_draw_hangs_on_its_own_key_alone(draw):
+    keys = np.random.default_rng(0).integers(2**32, size=(500, 2), dtype=np.uint32)
+    drawn = draw(keys, (3, 2))
+    np.testing.assert_array_equal(draw(keys[7:9], (3, 2)), drawn[7:9])
+    np.testing.assert_array_equal(draw(keys[:2], (4, 2))[:, :3], drawn[:2])
+    other = draw(keys ^ np.asarray([0, 1], np.uint32), (3, 2))
+    for a, b in ((drawn, other), (drawn[:-1], drawn[1:]), (drawn[:, 0], drawn[:, 1])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.1
+    mean, std = (0.5, 12**-0.5) if draw is uniform else (0, 1)
+    assert abs(drawn.mean() - mean) < 0.07 * std
+    assert drawn.std() == pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_pgd_starts_anywhere_in_the_ball(norm):
+    n = 2000
+    keys = np.random.default_rng(1).integers(2**32, size=(n, 2), dtype=np.uint32)
+    images, none = np.full((n, 1, 3, 1), 0.5, np.float32), np.zeros(n, np.int32)
+    p = Problem(lambda x: x, ThreatModel(0.3, norm), images, np.zeros((n, 2), np.float32), none, none, keys)
+    attack = PGD("PGD", 1, 1.0)
+    moved = attack.start(p, attack.draw(p)[0]).x - images
+    size = p.threat.length(moved)
+    assert size.max() <= 0.3 + 1e-6
+    assert np.mean(size <= 0.3 * 0.5 ** (1 / 3)) == pytest.approx(0.5, abs=0.04)
+    assert abs(moved.mean(0)).max() < 0.02
+    attack = PGD("PGD", 1, 1.0, random_start=False)
+    np.testing.assert_array_equal(attack.start(p, attack.draw(p)[0]).x, images)
 
 
 # The projection onto a hyperplane

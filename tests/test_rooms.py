@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "version": 0, "config": 0, "records": 0, "claims": 0, "chips": 0, "hlo": 0,
+    "version": 0, "config": 0, "records": 0, "claims": 0, "chips": 0, "hlo": 0, "arrays": 0,
     "subnet": 1, "initializers": 1, "threat": 1, "losses": 1, "operations": 1, "text": 1,
     "models": 2, "attacks": 2, "data": 2, "mesh": 2, "preemption": 2,
     "state": 3, "metrics": 3, "programs": 3,

@@ -55,6 +55,29 @@ def test_noise_is_uniform_in_the_ball_and_hangs_on_the_key_alone(norm):
     np.testing.assert_allclose(threat.noise(keys[5:9], images[:4]), noise[5:9], rtol=1e-6)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_on_the_host_it_is_numpys_and_the_same(norm):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(8, 5, 4, 3)).astype(np.float32)
+    other = (images + rng.normal(scale=0.1, size=images.shape)).astype(np.float32)
+    other[0, 0, 0, 0] = np.nan
+    threat = ThreatModel(0.2 if norm == "linf" else 0.7, norm)
+    for call in (
+        lambda x, y: threat.ascend(x, y - x, 0.1, x),
+        lambda x, y: threat.project(y, x),
+        lambda x, y: threat.unit(y - x),
+        lambda x, y: threat.distance(y, x),
+        lambda x, y: threat.violations(y, x),
+        lambda x, y: threat.violations(threat.project(y, x), x),
+    ):
+        here = call(images, other)
+        assert isinstance(here, np.ndarray)
+        assert here.dtype in (np.float32, bool)
+        np.testing.assert_allclose(here, call(jnp.asarray(images), jnp.asarray(other)), rtol=2e-6, atol=1e-7)
+    assert threat.violations(other, images).any()
+    assert not threat.violations(threat.project(other, images), images)[1:].any()
+
+
 def test_steepest_and_distance():
     g = jnp.asarray([[3.0, -4.0], [0.0, 0.0]])
     np.testing.assert_array_equal(ThreatModel(1.0).steepest(g), [[1, -1], [0, 0]])

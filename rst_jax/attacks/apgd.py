@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.attacks.attack import Attack, Found, Problem, ascent, draws
+from rst_jax.arrays import Array, per_example
+from rst_jax.attacks.attack import Attack, Found, Problem, ascent, normal, uniform
 from rst_jax.losses import cross_entropy, dlr, margin, targeted_dlr
-from rst_jax.threat import per_example
 
 _KNEE = 10.0  # a margin from which cross-entropy is taken of colder logits; float32 loses the label's part at 17
 
@@ -35,16 +35,16 @@ class APGDState(NamedTuple):
     """Of each example: where to look next, where it comes from, the best point, and the record of the losses."""
 
     found: Found
-    x: jax.Array
-    previous: jax.Array
-    best: jax.Array
-    best_gradient: jax.Array
-    best_loss: jax.Array
-    loss: jax.Array
-    increases: jax.Array
-    checked_loss: jax.Array
-    reduced: jax.Array
-    size: jax.Array
+    x: Array
+    previous: Array
+    best: Array
+    best_gradient: Array
+    best_loss: Array
+    loss: Array
+    increases: Array
+    checked_loss: Array
+    reduced: Array
+    size: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,28 +109,26 @@ class APGD(Attack):
             return losses
         return jnp.where(p.targets < 0, losses, targeted_dlr(logits, p.labels, p.targets))
 
-    def draw(self, p: Problem) -> tuple[jax.Array, tuple[()]]:
+    def draw(self, p: Problem) -> tuple[np.ndarray, tuple[()]]:
         """A way to start off, of any length: uniform in the cube (Linf) or normal (L2), [N, ...]."""
-        shape, dtype = p.images.shape[1:], p.images.dtype
-        if p.threat.norm == "l2":
-            return draws(jax.random.normal, p.keys, shape, dtype), ()
-        return draws(jax.random.uniform, p.keys, shape, dtype, -1, 1), ()
+        shape = p.images.shape[1:]
+        return 2 * uniform(p.keys, shape) - 1 if p.threat.norm == "linf" else normal(p.keys, shape), ()
 
-    def start(self, p: Problem, drawn: jax.Array) -> APGDState:
+    def start(self, p: Problem, drawn: np.ndarray) -> APGDState:
         """Begin on the sphere, where that way leads."""
         x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(drawn))
-        zeros = jnp.zeros(p.labels.shape, x.dtype)
+        zeros = np.zeros(p.labels.shape, x.dtype)
         return APGDState(
             found=Found.clean(p),
             x=x,
             previous=x,
             best=x,
             best_gradient=x,
-            best_loss=zeros - jnp.inf,
+            best_loss=zeros - np.inf,
             loss=zeros,
-            increases=jnp.zeros(p.labels.shape, jnp.int32),
+            increases=np.zeros(p.labels.shape, np.int32),
             checked_loss=zeros,
-            reduced=jnp.ones(p.labels.shape, bool),
+            reduced=np.ones(p.labels.shape, bool),
             size=zeros + 2 * p.threat.eps,
         )
 

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from rst_jax.arrays import Array, per_example, pixels
 from rst_jax.losses import correct, margin
-from rst_jax.threat import ThreatModel, per_example, pixels
+from rst_jax.threat import ThreatModel
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 
@@ -32,16 +34,16 @@ class Problem:
       logits: [N, classes] of the images.
       labels: int [N].
       targets: int [N], the class that a targeted attack aims at; -1 for the others.
-      keys: random keys [N], one an example.
+      keys: random keys [N], one an example; on the host, the two words of each, uint32 [N, 2].
     """
 
     logits_fn: LogitsFn
     threat: ThreatModel
-    images: jax.Array
-    logits: jax.Array
-    labels: jax.Array
-    targets: jax.Array
-    keys: jax.Array
+    images: Array
+    logits: Array
+    labels: Array
+    targets: Array
+    keys: Array
 
 
 class Found(NamedTuple):
@@ -56,17 +58,17 @@ class Found(NamedTuple):
       flat: int32 [N]: gradients that were zero in every pixel.
     """
 
-    adversarial: jax.Array
-    broken: jax.Array
-    least: jax.Array
-    queries: jax.Array
-    gradients: jax.Array
-    flat: jax.Array
+    adversarial: Array
+    broken: Array
+    least: Array
+    queries: Array
+    gradients: Array
+    flat: Array
 
     @classmethod
     def clean(cls, p: Problem) -> "Found":
         """Before the first pass: only what is misclassified as it is."""
-        none, now = jnp.zeros(p.labels.shape, jnp.int32), margin(p.logits, p.labels)
+        none, now = np.zeros(p.labels.shape, np.int32), margin(p.logits, p.labels)
         return cls(p.images, ~correct(p.logits, p.labels), now, none, none, none)
 
     def seen(self, p: Problem, images: jax.Array, logits: jax.Array, gradient: jax.Array | None = None) -> "Found":
@@ -80,7 +82,7 @@ class Found(NamedTuple):
         """As `seen`, where the caller says which images count."""
         flat = jnp.zeros_like(broken)
         if gradient is not None:
-            flat = jnp.max(jnp.abs(gradient), axis=pixels(gradient), initial=0) == 0
+            flat = abs(gradient).max(axis=pixels(gradient), initial=0) == 0
         return Found(
             jnp.where(per_example(broken, images), images, self.adversarial),
             self.broken | broken,
@@ -139,11 +141,11 @@ class Attack:
         return self
 
     def draw(self, p: Problem) -> tuple[Any, Any]:
-        """What is random: for the start, arrays [N, ...], and for the steps, [passes, N, ...], where that is little."""
+        """What is random, on the host: arrays [N, ...] for the start, and for the steps [N, passes, ...] if little."""
         return (), ()
 
     def start(self, p: Problem, drawn: Any) -> Any:
-        """The state before the first step, without a pass through the network."""
+        """The state before the first step, on the host: without a pass through the network."""
         raise NotImplementedError
 
     def step(self, p: Problem, s: Any, i: jax.Array, drawn: Any) -> Any:
@@ -153,7 +155,7 @@ class Attack:
 
 def advance(attack: Attack, p: Problem, state: Any, i: jax.Array, drawn: Any) -> Any:
     """One step, in which broken examples rest if the attack lets them; `drawn` is for all steps."""
-    now = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), drawn)
+    now = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, axis=1, keepdims=False), drawn)
     after = attack.step(p, state, i, now)
     if not attack.rests:
         return after
@@ -184,7 +186,23 @@ def step_keys(p: Problem, i: jax.Array | int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(p.keys, i)
 
 
-def draws(draw: Callable[..., jax.Array], keys: jax.Array, shape: tuple[int, ...], *options: Any) -> jax.Array:
-    """Draws [N, *shape] of `draw(key, shape, *options)` from keys [N]; XLA compiles it in half the time when flat."""
-    size = math.prod(shape)
-    return jax.vmap(lambda key: draw(key, (size,), *options))(keys).reshape(-1, *shape)
+def uniform(keys: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Draws from [0, 1), float32 [N, *shape], each example's from its own key, uint32 [N, 2]."""
+    return _draws(keys, shape, lambda rng: rng.random)
+
+
+def normal(keys: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """As `uniform`, of the normal distribution."""
+    return _draws(keys, shape, lambda rng: rng.standard_normal)
+
+
+def _draws(keys: np.ndarray, shape: tuple[int, ...], kind: Callable[[np.random.Generator], Any]) -> np.ndarray:
+    """Of one generator, which for every example begins a stream of its own."""
+    stream = np.random.Philox(key=0)
+    draw, begin = kind(np.random.Generator(stream)), stream.state
+    drawn = np.empty((len(keys), *shape), np.float32)
+    for words, row in zip(keys, drawn, strict=True):
+        begin["state"]["key"] = words.astype(np.uint64)
+        stream.state = begin
+        draw(dtype=np.float32, out=row)
+    return drawn

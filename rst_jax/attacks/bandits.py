@@ -13,18 +13,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from rst_jax.arrays import Array, l2_norm, per_example
 from rst_jax.attacks.attack import Attack, Found, Problem, step_keys
 from rst_jax.losses import cross_entropy
-from rst_jax.threat import l2_norm, per_example
 
 
 class BanditsState(NamedTuple):
     """Of each example: where it is, and the prior [N, rows, columns, C], under Linf its artanh."""
 
     found: Found
-    x: jax.Array
-    prior: jax.Array
+    x: Array
+    prior: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Bandits(Attack):
     def start(self, p: Problem, drawn: Any = ()) -> BanditsState:
         """Begin at the clean image, with a prior of zero."""
         n, h, w, c = p.images.shape
-        prior = jnp.zeros((n, -(-h // self.tile), -(-w // self.tile), c), p.images.dtype)
+        prior = np.zeros((n, -(-h // self.tile), -(-w // self.tile), c), p.images.dtype)
         return BanditsState(Found.clean(p), p.images, prior)
 
     def step(self, p: Problem, s: BanditsState, i: jax.Array, drawn: Any = ()) -> BanditsState:

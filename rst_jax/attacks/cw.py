@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from rst_jax.arrays import Array, l2_norm, per_example
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import correct, margin
-from rst_jax.threat import ThreatModel, l2_norm, per_example
+from rst_jax.threat import ThreatModel
 
 _INSIDE = 0.999999  # the clean image is drawn in by so much, since the edge of the box is at infinity
 _DECAY = (0.9, 0.999)  # Adam's
@@ -26,15 +28,15 @@ class CWState(NamedTuple):
     """
 
     found: Found
-    image: jax.Array
-    closest: jax.Array
-    w: jax.Array
-    first: jax.Array
-    second: jax.Array
-    c: jax.Array
-    low: jax.Array
-    high: jax.Array
-    reached: jax.Array
+    image: Array
+    closest: Array
+    w: Array
+    first: Array
+    second: Array
+    c: Array
+    low: Array
+    high: Array
+    reached: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +69,18 @@ class CWL2(Attack):
     def start(self, p: Problem, drawn: Any = ()) -> CWState:
         """Begin at the clean image; where that is misclassified, nothing is closer."""
         found = Found.clean(p)
-        zeros, n = jnp.zeros_like(p.images), jnp.zeros(p.labels.shape, p.images.dtype)
+        zeros, n = np.zeros_like(p.images), np.zeros(p.labels.shape, p.images.dtype)
         return CWState(
             found=found,
             image=p.images,
-            closest=jnp.where(found.broken, n, jnp.inf),
+            closest=np.where(found.broken, n, n + np.inf),
             w=zeros,
             first=zeros,
             second=zeros,
-            c=jnp.full_like(n, self.c),
+            c=np.full_like(n, self.c),
             low=n,
-            high=jnp.full_like(n, jnp.inf),
-            reached=jnp.zeros(n.shape, bool),
+            high=np.full_like(n, np.inf),
+            reached=np.zeros(n.shape, bool),
         )
 
     def step(self, p: Problem, s: CWState, i: jax.Array, drawn: Any = ()) -> CWState:

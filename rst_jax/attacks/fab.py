@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from rst_jax.arrays import Array, l2_norm, per_example, pixels
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import at, correct
-from rst_jax.threat import ThreatModel, per_example, pixels
+from rst_jax.threat import ThreatModel
 
 _SETTLED = 64  # Newton steps at most; a handful is usual
 
@@ -22,8 +24,8 @@ class FABState(NamedTuple):
     """Of each example: where it is, and how far its closest adversarial image is."""
 
     found: Found
-    x: jax.Array
-    closest: jax.Array
+    x: Array
+    closest: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +66,14 @@ class FAB(Attack):
     def start(self, p: Problem, drawn: Any = ()) -> FABState:
         """Begin at the clean image."""
         found = Found.clean(p)
-        return FABState(found, p.images, jnp.where(found.broken, 0, jnp.inf).astype(p.images.dtype))
+        return FABState(found, p.images, np.where(found.broken, 0, np.inf).astype(p.images.dtype))
 
     def step(self, p: Problem, s: FABState, i: jax.Array, drawn: Any = ()) -> FABState:
         """Linearise, project, mix, look, step back."""
         difference, gradient = self._boundary(p, s.x)
         offset = jnp.sum(gradient * s.x, axis=pixels(s.x)) - difference
         from_here, from_clean = (to_hyperplane(p.threat, x, gradient, offset) for x in (s.x, p.images))
-        far, near = (jnp.maximum(_length(p.threat, d), 1e-8) for d in (from_here, from_clean))
+        far, near = (jnp.maximum(p.threat.length(d), 1e-8) for d in (from_here, from_clean))
         alpha = per_example(jnp.minimum(far / (far + near), self.alpha_max), s.x)
         x = p.threat.clip((s.x + self.eta * from_here) * (1 - alpha) + (p.images + self.eta * from_clean) * alpha)
         logits = p.logits_fn(x)
@@ -147,9 +149,5 @@ def to_hyperplane(threat: ThreatModel, x: jax.Array, normal: jax.Array, offset: 
     return way * jnp.where(per_example(full, x), room, moves(jnp.where(full, 0, length)))
 
 
-def _length(threat: ThreatModel, move: jax.Array) -> jax.Array:
-    return threat.distance(move, jnp.zeros_like(move))
-
-
 def _dual_length(threat: ThreatModel, gradient: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.abs(gradient), axis=pixels(gradient)) if threat.norm == "linf" else _length(threat, gradient)
+    return jnp.sum(abs(gradient), axis=pixels(gradient)) if threat.norm == "linf" else l2_norm(gradient)

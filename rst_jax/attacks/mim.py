@@ -8,18 +8,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from rst_jax.arrays import Array, per_example, pixels
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import cross_entropy
-from rst_jax.threat import per_example, pixels
 
 
 class MIMState(NamedTuple):
     """Of each example: where to look next, and the gradients gathered so far."""
 
     found: Found
-    x: jax.Array
-    momentum: jax.Array
+    x: Array
+    momentum: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +40,12 @@ class MIM(Attack):
 
     def start(self, p: Problem, drawn: Any = ()) -> MIMState:
         """Begin at the clean image."""
-        return MIMState(Found.clean(p), p.images, jnp.zeros_like(p.images))
+        return MIMState(Found.clean(p), p.images, np.zeros_like(p.images))
 
     def step(self, p: Problem, s: MIMState, i: jax.Array, drawn: Any = ()) -> MIMState:
         """Look, gather the gradient, and take a projected step along what is gathered."""
         _, logits, gradient = ascent(p, s.x, lambda z: cross_entropy(z, p.labels))
-        mean = jnp.mean(jnp.abs(gradient), axis=pixels(gradient))
+        mean = jnp.mean(abs(gradient), axis=pixels(gradient))
         momentum = self.mu * s.momentum + gradient / per_example(jnp.where(mean == 0, 1, mean), s.x)
         size = (1 / self.steps if self.step_size is None else self.step_size) * p.threat.eps
         found = s.found.seen(p, s.x, logits, gradient)

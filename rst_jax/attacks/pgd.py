@@ -13,11 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from rst_jax.attacks.attack import Attack, Found, Problem, ascent
+from rst_jax.arrays import Array, per_example
+from rst_jax.attacks.attack import Attack, Found, Problem, ascent, normal, uniform
 from rst_jax.losses import correct, cross_entropy, margin
-from rst_jax.threat import ThreatModel, per_example
+from rst_jax.threat import ThreatModel, ball
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -84,7 +86,7 @@ class PGDState(NamedTuple):
     """Of each example: where to look next."""
 
     found: Found
-    x: jax.Array
+    x: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +118,17 @@ class PGD(Attack):
         """Restarts share one."""
         return dataclasses.replace(self, rounds=1)
 
-    def draw(self, p: Problem) -> tuple[jax.Array, tuple[()]]:
-        """Noise of the ball [N, ...], or 0."""
-        return p.threat.noise(p.keys, p.images) if self.random_start else jnp.zeros_like(p.images), ()
+    def draw(self, p: Problem) -> tuple[Any, tuple[()]]:
+        """For a random start: uniform in the cube (Linf) or the ball (L2) of radius one, [N, ...]."""
+        if not self.random_start:
+            return np.zeros_like(p.images), ()
+        if p.threat.norm == "linf":
+            return 2 * uniform(p.keys, p.images.shape[1:]) - 1, ()
+        return ball(normal(p.keys, (p.images[0].size + 2,)), p.images), ()
 
-    def start(self, p: Problem, drawn: jax.Array) -> PGDState:
-        """Begin at the image with the noise."""
-        return PGDState(Found.clean(p), p.threat.project(p.images + drawn, p.images))
+    def start(self, p: Problem, drawn: np.ndarray) -> PGDState:
+        """Begin at the image with that times eps."""
+        return PGDState(Found.clean(p), p.threat.project(p.images + p.threat.eps * drawn, p.images))
 
     def step(self, p: Problem, s: PGDState, i: jax.Array, drawn: Any = ()) -> PGDState:
         """Look, and take a projected step."""

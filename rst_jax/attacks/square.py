@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.attacks.attack import Attack, Found, Problem, draws
+from rst_jax.arrays import Array, l2_norm, numpy_of, per_example
+from rst_jax.attacks.attack import Attack, Found, Problem, uniform
 from rst_jax.losses import margin
-from rst_jax.threat import l2_norm, per_example
 
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
 
@@ -23,24 +23,8 @@ class SquareState(NamedTuple):
     """Of each example: the best image and its margin."""
 
     found: Found
-    best: jax.Array
-    margin: jax.Array
-
-
-class Proposal(NamedTuple):
-    """What the steps draw for each example.
-
-    Attributes:
-      corner: int16 [..., N, 2], first row and column of the square.
-      signs: int8 [..., N, C], of each channel.
-      other: of L2, as `corner`, of the window that is emptied.
-      upright: of L2, bool [..., N], how the pattern lies.
-    """
-
-    corner: jax.Array
-    signs: jax.Array
-    other: jax.Array | None = None
-    upright: jax.Array | None = None
+    best: Array
+    margin: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,46 +57,42 @@ class Square(Attack):
             found.append(min(side, h, w))
         return found
 
-    def draw(self, p: Problem) -> tuple[jax.Array, Proposal]:
-        """A pattern of the whole image and all proposals, from each example's key."""
+    def draw(self, p: Problem) -> tuple[np.ndarray, np.ndarray]:
+        """A pattern of the whole image; for each step uniform draws: signs, places and, under L2, a way to lie."""
         h, w, c = p.images.shape[1:]
-        sides = np.asarray(self.sides((h, w, c), p.threat.norm))[:, None]
-        places = jnp.asarray(np.asarray([h, w]) - sides + (0 if self.faithful else 1), jnp.float32)
         l2 = p.threat.norm == "l2"
-        count = math.prod(_tiling(h, w)) if l2 else w
-        # Of a step: signs, two coordinates, and for L2 two more and a way to lie; one draw compiles fastest.
-        u = draws(jax.random.uniform, p.keys, (count + self.passes, c + (5 if l2 else 2)), jnp.float32)
-        first, each = u[:, :count], u[:, count:].swapaxes(0, 1)
+        count, values = (math.prod(_tiling(h, w)), c + 5) if l2 else (w, c + 2)
+        drawn = uniform(p.keys, (count + self.passes, values))
+        first, each = drawn[:, :count], drawn[:, count:]
+        return _tiles(first, p.images) if l2 else _stripes(first, p.images), each
 
-        def corners(u: jax.Array) -> jax.Array:
-            return jnp.floor(u * places[:, None]).astype(jnp.int16)
-
-        proposals = Proposal(corners(each[..., c : c + 2]), _signs(each, c))
-        if l2:
-            proposals = proposals._replace(other=corners(each[..., c + 2 : c + 4]), upright=_lies(each))
-        return _tiles(first, p.images) if l2 else _stripes(first, p.images), proposals
-
-    def start(self, p: Problem, drawn: jax.Array) -> SquareState:
+    def start(self, p: Problem, drawn: np.ndarray) -> SquareState:
         """Begin with the pattern, scaled to eps."""
         x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(drawn))
-        return SquareState(Found.clean(p), x, jnp.full(p.labels.shape, jnp.inf, x.dtype))
+        return SquareState(Found.clean(p), x, np.full(p.labels.shape, np.inf, x.dtype))
 
-    def step(self, p: Problem, s: SquareState, i: jax.Array, drawn: Proposal) -> SquareState:
+    def step(self, p: Problem, s: SquareState, i: jax.Array, drawn: jax.Array) -> SquareState:
         """One query: of where it starts, then of a proposal."""
-        signs = drawn.signs.astype(p.images.dtype)[:, None, None, :]
-        corner = drawn.corner.astype(jnp.int32)
-        sides = self.sides(p.images.shape[1:], p.threat.norm)
+        h, w, c = p.images.shape[1:]
+        sides = self.sides((h, w, c), p.threat.norm)
         side = jnp.asarray(sides, jnp.int32)[i]
-        window = _window(corner, side, p.images)
-        if drawn.other is None or drawn.upright is None:
-            x = p.threat.project(s.best + jnp.where(window, 2 * p.threat.eps * signs, 0), p.images)
+        room = (jnp.asarray([h, w], jnp.int32) - side + (0 if self.faithful else 1)).astype(jnp.float32)
+
+        def window(first: int) -> tuple[jax.Array, jax.Array]:
+            corner = jnp.floor(drawn[:, first : first + 2] * room).astype(jnp.int32)
+            return corner, _window(corner, side, p.images)
+
+        signs = _signs(drawn[:, :c]).astype(p.images.dtype)[:, None, None, :]
+        corner, changed = window(c)
+        if p.threat.norm == "linf":
+            x = p.threat.project(s.best + jnp.where(changed, 2 * p.threat.eps * signs, 0), p.images)
         else:
-            emptied = _window(drawn.other.astype(jnp.int32), side, p.images)
+            _, emptied = window(c + 2)
             kinds = sorted(set(sides))
             kind = jnp.asarray([kinds.index(side) for side in sides], jnp.int32)[i]
             patterns = jnp.asarray(np.stack([_canvas(side, p.images.shape[1:3]) for side in kinds]), s.best.dtype)
-            pattern = _placed(patterns[kind], corner, drawn.upright)[..., None] * signs
-            delta = _exchanged(s.best - p.images, window, emptied, pattern, p.threat.eps)
+            pattern = _placed(patterns[kind], corner, drawn[:, -1] < 0.5)[..., None] * signs
+            delta = _exchanged(s.best - p.images, changed, emptied, pattern, p.threat.eps)
             x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(delta))
         x = jnp.where(i == 0, s.best, x)
         logits = p.logits_fn(x)
@@ -150,18 +130,15 @@ def _exchanged(
     return jnp.where(window, new, jnp.where(emptied, 0, delta))
 
 
-def _signs(u: jax.Array, channels: int) -> jax.Array:
-    """int8 [..., C]."""
-    return jnp.where(u[..., :channels] < 0.5, -1, 1).astype(jnp.int8)
+def _signs(u: Array) -> Array:
+    """-1 or 1, evenly, of uniform draws from [0, 1)."""
+    there = numpy_of(u)
+    return there.where(u < 0.5, there.int8(-1), there.int8(1))
 
 
-def _lies(u: jax.Array) -> jax.Array:
-    return u[..., -1] < 0.5
-
-
-def _stripes(u: jax.Array, images: jax.Array) -> jax.Array:
+def _stripes(u: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Vertical stripes with a sign in every column and channel: [N, H, W, C] of u [N, W, ...]."""
-    return jnp.broadcast_to(_signs(u, images.shape[-1])[:, None].astype(images.dtype), images.shape)
+    return np.broadcast_to(_signs(u[..., : images.shape[-1]])[:, None].astype(images.dtype), images.shape)
 
 
 def _tiling(h: int, w: int) -> tuple[int, int]:
@@ -170,7 +147,7 @@ def _tiling(h: int, w: int) -> tuple[int, int]:
     return max(h // side, 1), max(w // side, 1)
 
 
-def _tiles(u: jax.Array, images: jax.Array) -> jax.Array:
+def _tiles(u: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Tiles of patterns, each with signs of its own and its own way to lie: [N, H, W, C] of u [N, tiles, ...]."""
     h, w = images.shape[1:3]
     down, across = _tiling(h, w)
@@ -179,11 +156,11 @@ def _tiles(u: jax.Array, images: jax.Array) -> jax.Array:
     inside = ((rows >= 0) & (rows // side < down))[:, None] & ((columns >= 0) & (columns // side < across))[None]
     tile = np.where(inside, (rows // side)[:, None] * across + (columns // side)[None], 0)
     upright, lying = (
-        jnp.asarray(kind[rows[:, None] % side, columns[None] % side] * inside, images.dtype)
+        (kind[rows[:, None] % side, columns[None] % side] * inside).astype(images.dtype)
         for kind in (pattern(side), pattern(side).T)
     )
-    signs = _signs(u, images.shape[-1]).astype(images.dtype)
-    return jnp.where(_lies(u)[:, tile], upright, lying)[..., None] * signs[:, tile]
+    signs = _signs(u[..., : images.shape[-1]]).astype(images.dtype)
+    return np.where(u[..., -1][:, tile] < 0.5, upright, lying)[..., None] * signs[:, tile]
 
 
 def pattern(side: int) -> np.ndarray:
