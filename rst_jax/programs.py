@@ -23,6 +23,7 @@ KEYS = "threefry2x32"  # whatever JAX is told to take by default
 # the products and convolutions, and a row's sum does not hang on how many rows there are.
 _LIBRARY = ",".join(f"LIBRARY_FUSION_TYPE_INDIVIDUAL_{kind}" for kind in ("DOT", "CONVOLUTION"))
 _ROW_BY_ROW = {"xla_cpu_experimental_ynn_fusion_type": _LIBRARY}
+_TOY = 3e4  # operations of a forward pass over an image, below which a call costs more than what it calls
 Fixed = tuple[Any, ...]  # variables, eps, images, logits, labels, targets, key data
 
 
@@ -59,12 +60,16 @@ class Programs:
         return self._operations[name]
 
     def one_by_one(self, attack: Attack, apply: Apply, fixed: Fixed) -> bool:
-        """Whether steps are better called one by one: in loops, XLA's gradients of convolutions are slow on a CPU."""
+        """Whether steps are better called one by one: in loops, XLA's gradients of convolutions are slow on a CPU.
+
+        It does not hang on how many rows there are, since neither may results.
+        """
         if not (attack.needs_gradient and on_cpu(self.mesh)):
             return False
         if apply not in self._slow:
             variables, _, images, *_ = fixed
-            self._slow[apply] = has_convolution(apply, variables, images)
+            toy = self.operations(apply, variables, images) < _TOY
+            self._slow[apply] = not toy and has_convolution(apply, variables, images)
         return self._slow[apply]
 
     def attack(self, attack: Attack, threat: ThreatModel, apply: Apply, fixed: Fixed) -> Callable:
