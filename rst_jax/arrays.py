@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-Array = Any  # NumPy's or JAX's; results are of the same kind
+Array = Any  # NumPy's or JAX's; a result is of the kind of the arguments
 
 
 def numpy_of(x: Array) -> Any:

@@ -213,26 +213,26 @@ class Driver:
             got = {name: value[:n] for name, value in fetch({**state.found._asdict(), **minimal}).items()}
         claimed, adversarial = got["broken"], got["adversarial"]
         held, finite = np.zeros(n, bool), np.isfinite(adversarial).all(axis=pixels(adversarial))
-        prediction, now = np.zeros(n, np.int32), np.zeros(n, np.float32)
-        exact = adversarial.astype(np.float64), images.astype(np.float64)
+        margins, distance, prediction = np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(n, np.int32)
         if claimed.any():
             logits = self.logits(classifier, adversarial[claimed], another=True)
+            exact = adversarial[claimed].astype(np.float64), images[claimed].astype(np.float64)
             finite[claimed] &= np.isfinite(logits).all(-1)
-            held[claimed] = ~correct(logits, labels[claimed])
-            held &= finite & ~threat.violations(*exact)
-            now[claimed], prediction[claimed] = margin(logits, labels[claimed]), np.argmax(logits, -1)
+            held[claimed] = ~correct(logits, labels[claimed]) & finite[claimed] & ~threat.violations(*exact)
+            margins[claimed], prediction[claimed] = margin(logits, labels[claimed]), np.argmax(logits, -1)
+            distance[claimed] = threat.distance(*exact)
         done = {
             "held": held,
             "target": target,
             "prediction": prediction,
-            "margin": now,
+            "margin": margins,
             "closest": np.full(n, np.inf, np.float32),
             "least": got["least"],
             "queries": got["queries"],
             "gradients": got["gradients"],
             "flat": got["flat"],
             "adversarial": adversarial[held],
-            "distance": threat.distance(*exact).astype(np.float32),
+            "distance": distance,
             "unverified": np.asarray(int((claimed & ~held).sum()), np.int32),
             "not_finite": np.asarray(int((~finite).sum()), np.int32),
         }

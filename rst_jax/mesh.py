@@ -1,8 +1,10 @@
 """Devices and processes: one mesh axis, "data"; state is replicated over it, batches are split."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -65,10 +67,16 @@ def split_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     return make_rows(rows.shape, lambda index: rows[index], mesh)
 
 
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="rows")
+
+
 def make_tree(n: int, rows: Callable[[slice], Tree], mesh: Mesh) -> Tree:
     """As `make_rows`, a tree of arrays [n, ...] that are made together."""
     places: Any = NamedSharding(mesh, PartitionSpec(AXIS)).addressable_devices_indices_map((n,)).values()
-    parts = {part.start: rows(part) for (part,) in places}
+    made = _threads().map(lambda index: rows(*index), places)
+    parts = {part.start: tree for (part,), tree in zip(places, made, strict=True)}
     leaves = {start: jax.tree.leaves(tree) for start, tree in parts.items()}
     some = next(iter(parts.values()))
 

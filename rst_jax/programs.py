@@ -35,11 +35,11 @@ class Programs:
 
     Attributes:
       compiled: how many were made, for each attack.
-      worth: operations that take about as long as to compile the programs of an attack.
+      worth: operations that take about as long as to compile the program of an attack.
     """
 
     def __init__(self, mesh: Mesh):
-        self.mesh, self._slow, self._operations = mesh, dict[Apply, bool](), dict[Any, float]()
+        self.mesh, self._slow, self._operations = mesh, dict[Any, bool](), dict[Any, float]()
         self.worth = 1e11 if on_cpu(mesh) else 2e14
         self.compiled: dict[str, int] = {}
         self._kept: dict[Any, Any] = {}
@@ -66,11 +66,12 @@ class Programs:
         """
         if not (attack.needs_gradient and on_cpu(self.mesh)):
             return False
-        if apply not in self._slow:
-            variables, _, images, *_ = fixed
+        variables, _, images, *_ = fixed
+        name = apply, images.shape[1:]
+        if name not in self._slow:
             toy = self.operations(apply, variables, images) < _TOY
-            self._slow[apply] = not toy and has_convolution(apply, variables, images)
-        return self._slow[apply]
+            self._slow[name] = not toy and has_convolution(apply, variables, images)
+        return self._slow[name]
 
     def attack(self, attack: Attack, threat: ThreatModel, apply: Apply, fixed: Fixed) -> Callable:
         """Of an attack: (fixed, drawn, state, i, last) to (state, i).
@@ -99,7 +100,8 @@ class Programs:
             return state, last
 
         many = step if self.one_by_one(attack, apply, fixed) else steps
-        return self._program((program, apply, *box), many, "vvrrrrr" + "rrvv", "rv", attack.name, gives_up=8)
+        name = (program, apply, many is step, *box)
+        return self._program(name, many, "vvrrrrr" + "rrvv", "rv", attack.name, gives_up=8)
 
     def _program(
         self, name: Any, inner: Callable, kinds: str, results: str, counted_as: str, gives_up: int | None = None

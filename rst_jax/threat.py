@@ -39,7 +39,10 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm must be 'linf' or 'l2'; got {self.norm!r}.")
-        if not isinstance(self.eps, jax.Array) and not self.eps >= 0:
+        for name in ("eps", "lower", "upper"):  # numbers of NumPy's would make float64 of float32 images
+            if not isinstance(getattr(self, name), jax.core.Tracer):
+                object.__setattr__(self, name, float(getattr(self, name)))
+        if not isinstance(self.eps, jax.core.Tracer) and not self.eps >= 0:
             raise ValueError(f"eps must be at least 0; got {self.eps}.")
 
     def noise(self, keys: jax.Array, images: jax.Array) -> jax.Array:
@@ -69,8 +72,8 @@ class ThreatModel:
         """Into the ball around `images`, then into the box (the images lie in it, so the ball is not left again)."""
         if self.norm == "linf":
             return self.clip(adversarial.clip(images - self.eps, images + self.eps))
-        delta, there = adversarial - images, numpy_of(adversarial)
-        shrink = there.minimum(1.0, self.eps / there.maximum(l2_norm(delta), 1e-12)).astype(delta.dtype)
+        delta, xp = adversarial - images, numpy_of(adversarial)
+        shrink = xp.minimum(1.0, self.eps / xp.maximum(l2_norm(delta), 1e-12)).astype(delta.dtype)
         return self.clip(images + delta * per_example(shrink, delta))
 
     def length(self, move: Array) -> Array:

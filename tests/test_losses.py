@@ -1,5 +1,7 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rst_jax.losses import at, correct, cross_entropy, margin, targeted_dlr, weighed
 
@@ -24,7 +26,16 @@ def test_correct_takes_the_first_of_equal_logits():
 
 
 AWKWARD = np.asarray(
-    [[1, 1, 0, 2], [0, 0, 0, 0], [3, -np.inf, 2, 3], [np.nan, 1, 2, 3], [np.inf, 0, 0, 0], [5, 4, 4, 4]], np.float32
+    [
+        [1, 1, 0, 2],
+        [0, 0, 0, 0],
+        [3, -np.inf, 2, 3],
+        [np.inf, np.inf, 0, 1],
+        [np.nan, 1, 2, 3],
+        [np.inf, 0, 0, 0],
+        [5, 4, 4, 4],
+    ],
+    np.float32,
 )
 
 
@@ -47,3 +58,17 @@ def test_ratios_count_equal_logits_as_a_sort_does():
     np.testing.assert_allclose(weighed(jnp.asarray(logits), (1, 0, -1)), z[:, 0] - z[:, 2], rtol=1e-6)
     expected = (logits[:, 3] - logits[:, 0]) / (z[:, 0] - (z[:, 2] + z[:, 3]) / 2)
     np.testing.assert_allclose(targeted_dlr(jnp.asarray(logits), labels, labels + 3), expected, rtol=1e-6)
+
+
+def test_ratios_of_many_classes_take_little_memory():
+    like, labels = jax.ShapeDtypeStruct((64, 1000), jnp.float32), np.zeros(64, np.int32)
+    compiled = jax.jit(jax.grad(lambda z: jnp.sum(targeted_dlr(z, labels, labels + 1)))).lower(like).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 40 * like.size * 4
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_margins_keep_the_dtype(dtype):
+    logits, labels = np.asarray([[1, 2, 0], [3, 1, 0]], dtype), np.zeros(2, np.int32)
+    for there in (logits, jnp.asarray(logits)):
+        assert margin(there, labels).dtype == dtype
+        np.testing.assert_array_equal(margin(there, labels), [-1, 2])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rst_jax.mesh import fetch, from_main, is_main, make_mesh, replicate, split_rows
+from rst_jax.mesh import fetch, from_main, is_main, make_mesh, make_tree, replicate, split_rows
 
 
 def test_replicated_and_split_arrays_come_back_whole():
@@ -44,3 +44,22 @@ def test_a_cpu_of_several_cores_becomes_two_devices(flags, first, expected):
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert int(told.stdout) == expected
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_tree_is_made_by_rows_and_no_two_of_its_arrays_share_memory(devices):
+    mesh, host = make_mesh(jax.devices()[:devices]), np.arange(512, dtype=np.float32).reshape(8, 64)
+    made = []
+
+    def rows(part):
+        made.append(part)
+        return {"once": host[part], "twice": (host[part], host[part]), "number": np.arange(8, dtype=np.int32)[part]}
+
+    tree = make_tree(8, rows, mesh)
+    assert len(made) == devices
+    np.testing.assert_array_equal(fetch(tree)["number"], range(8))
+    change = jax.jit(lambda a, b, c: (a + 1, b + 2, c + 3), donate_argnums=(0, 1, 2))
+    changed = change(tree["once"], *tree["twice"])
+    for k, array in enumerate(changed, 1):
+        np.testing.assert_array_equal(array, np.arange(512).reshape(8, 64) + k)
+    np.testing.assert_array_equal(host, np.arange(512).reshape(8, 64))

@@ -141,7 +141,10 @@ class Attack:
         return self
 
     def draw(self, p: Problem) -> tuple[Any, Any]:
-        """What is random, on the host: arrays [N, ...] for the start, and for the steps [N, passes, ...] if little."""
+        """Random draws on the host: arrays [N, ...] for the start, and for the steps [N, passes, ...].
+
+        What would be more than some numbers a step is drawn in the step, from `step_keys`.
+        """
         return (), ()
 
     def start(self, p: Problem, drawn: Any) -> Any:

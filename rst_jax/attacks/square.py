@@ -132,8 +132,8 @@ def _exchanged(
 
 def _signs(u: Array) -> Array:
     """-1 or 1, evenly, of uniform draws from [0, 1)."""
-    there = numpy_of(u)
-    return there.where(u < 0.5, there.int8(-1), there.int8(1))
+    xp = numpy_of(u)
+    return xp.where(u < 0.5, xp.int8(-1), xp.int8(1))
 
 
 def _stripes(u: np.ndarray, images: np.ndarray) -> np.ndarray:
@@ -160,7 +160,8 @@ def _tiles(u: np.ndarray, images: np.ndarray) -> np.ndarray:
         for kind in (pattern(side), pattern(side).T)
     )
     signs = _signs(u[..., : images.shape[-1]]).astype(images.dtype)
-    return np.where(u[..., -1][:, tile] < 0.5, upright, lying)[..., None] * signs[:, tile]
+    whole = np.where(u[..., -1][:, tile] < 0.5, upright, lying)[..., None] * signs[:, tile]
+    return np.ascontiguousarray(whole)  # in the same order in memory however many there are, and so are its sums
 
 
 def pattern(side: int) -> np.ndarray:
