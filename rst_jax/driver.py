@@ -263,7 +263,7 @@ class Driver:
         looks = math.ceil(min(max(work / self.programs.worth, 1), _LOOKS))  # each costs a wait
         look, one_by_one = -(-attack.passes // looks), self.programs.one_by_one(attack, classifier.apply, fixed)
         for first in range(0, attack.passes, look):
-            if attack.rests and fetch(state.found.broken)[:n].all():
+            if first and attack.rests and fetch(state.found.broken)[:n].all():
                 break
             last = min(first + look, attack.passes)
             end = self._number(last)
