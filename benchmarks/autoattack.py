@@ -33,14 +33,14 @@ from jax.sharding import PartitionSpec
 
 from rst_jax.attacks import autoattack
 from rst_jax.attacks.attack import Attack, Problem
-from rst_jax.driver import Classifier, Driver, Row
-from rst_jax.evidence import Evidence, Examples
-from rst_jax.mesh import AXIS, make_mesh, make_tree, replicate, split_cpu, split_rows
+from rst_jax.evaluation.cascade import Classifier, Driver, Row
+from rst_jax.evaluation.evidence import Evidence, Examples
 from rst_jax.models.resnet import ResNet
 from rst_jax.records import provenance, read_arrays, write_arrays, write_json
-from rst_jax.state import TicketState, init_variables
-from rst_jax.step import Settings, make_update
+from rst_jax.runtime.mesh import AXIS, make_mesh, make_tree, replicate, split_cpu, split_rows
 from rst_jax.threat import ThreatModel
+from rst_jax.training.state import TicketState, init_variables
+from rst_jax.training.step import Settings, make_update
 
 
 class SmallNet(nn.Module):

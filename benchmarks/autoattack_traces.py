@@ -1,6 +1,6 @@
 """Record the authors' attacks (package pyautoattack) step by step, in float64, on a tiny network.
 
-    python benchmarks/autoattack_traces.py [tests/autoattack_traces.npz]
+    python benchmarks/autoattack_traces.py [tests/golden/autoattack_traces.npz]
 
 Their classes run as they are. What a step did is read where it happened: the network looks into the frame of the
 attack that calls it. All images are written [N, H, W, C], trajectories with time as the last axis: there a pixel that
@@ -291,7 +291,7 @@ def record() -> Trace:
 def main() -> None:
     """Write the file and say what broke when."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", nargs="?", type=Path, default=Path("tests/autoattack_traces.npz"))
+    parser.add_argument("path", nargs="?", type=Path, default=Path("tests/golden/autoattack_traces.npz"))
     path = parser.parse_args().path
     torch.set_num_threads(1)
     with float64():

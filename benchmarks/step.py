@@ -23,7 +23,7 @@ Where the time of our step goes, from programs of its own pieces:
 The pieces are measured apart from one another, so their sum need not be the whole; the table says how near it is.
 Off the CPU the short ones hold the time of their dispatch.
 
-Operations are counted by formula (`rst_jax.operations`): what the step needs, not what a program does. The machine's
+Operations are counted by formula (`rst_jax.runtime.operations`): what the step needs, not what a program does. The machine's
 own rate is that of a large matrix product of the same type, the best of all turns, in JAX or PyTorch, whichever is
 faster.
 """
@@ -50,13 +50,13 @@ from tqdm import tqdm
 
 from rst_jax import subnet
 from rst_jax.data.pipeline import Images, augment, epoch_order, example_keys
-from rst_jax.mesh import make_mesh, on_cpu, replicate
 from rst_jax.models import make_model
-from rst_jax.operations import operations, step_operations
 from rst_jax.records import provenance, write_json
-from rst_jax.state import TicketState, init_variables
-from rst_jax.step import Settings, make_train_step, make_update
+from rst_jax.runtime.mesh import make_mesh, on_cpu, replicate
+from rst_jax.runtime.operations import operations, step_operations
 from rst_jax.threat import ThreatModel
+from rst_jax.training.state import TicketState, init_variables
+from rst_jax.training.step import Settings, make_train_step, make_update
 
 Run = Callable[[], Any]
 EPS, STEP, PADDING, EPOCH = 8 / 255, 2 / 255, 4, 50_000

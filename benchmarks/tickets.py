@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import optax
 
 from rst_jax import subnet
-from rst_jax.mesh import make_mesh, on_cpu
 from rst_jax.models.resnet import ResNet
 from rst_jax.records import provenance, write_json
-from rst_jax.state import TicketState, init_variables
-from rst_jax.step import Settings, make_update
+from rst_jax.runtime.mesh import make_mesh, on_cpu
 from rst_jax.threat import ThreatModel
+from rst_jax.training.state import TicketState, init_variables
+from rst_jax.training.step import Settings, make_update
 
 RATIOS = (0.05, 0.1, 0.3, 0.5)
 

@@ -19,19 +19,22 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from rst_jax import commands, plan, preemption, search
 from rst_jax import config as config_lib
-from rst_jax.card import measure
-from rst_jax.driver import Driver
-from rst_jax.evaluator import ticket_record
-from rst_jax.metrics import make_say
-from rst_jax.r2s import load_r2s, r2s_record
+from rst_jax.cli import commands
+from rst_jax.evaluation.accuracy import ticket_record
+from rst_jax.evaluation.card import measure
+from rst_jax.evaluation.cascade import Driver
+from rst_jax.evaluation.classifier import of_ticket
+from rst_jax.experiments import search
+from rst_jax.experiments.run import Run, claimed, name_of
+from rst_jax.experiments.transfer import Crossed, cross, transfer_record
+from rst_jax.planning import plan
 from rst_jax.records import write_arrays, write_json
-from rst_jax.report import read_results, table, write_report
-from rst_jax.run import Run, claimed, name_of
-from rst_jax.subject import of_ticket
-from rst_jax.ticket import Ticket
-from rst_jax.transfer import Crossed, cross, transfer_record
+from rst_jax.reports.report import read_results, table, write_report
+from rst_jax.runtime import preemption
+from rst_jax.tickets.r2s import load_r2s, r2s_record
+from rst_jax.tickets.ticket import Ticket
+from rst_jax.training.metrics import make_say
 
 _USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 

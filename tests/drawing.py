@@ -5,8 +5,8 @@ import numpy as np
 
 from rst_jax import subnet
 from rst_jax.models import make_model
-from rst_jax.state import init_variables
-from rst_jax.ticket import Ticket
+from rst_jax.tickets.ticket import Ticket
+from rst_jax.training.state import init_variables
 
 SPEC = {"name": "resnet_digits", "num_classes": 10, "mean": [0.3], "std": [0.4]}
 IMAGES = np.random.default_rng(0).uniform(size=(5, 8, 8, 1)).astype(np.float32)

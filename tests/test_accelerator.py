@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 from rst_jax import subnet
 from rst_jax.attacks import APGD, FAB, Square
 from rst_jax.data.pipeline import Images
-from rst_jax.driver import Classifier, Driver, Row
-from rst_jax.evidence import Examples
-from rst_jax.mesh import make_mesh, replicate
+from rst_jax.evaluation.cascade import Classifier, Driver, Row
+from rst_jax.evaluation.evidence import Examples
 from rst_jax.models import make_model
-from rst_jax.state import TicketState, init_variables
-from rst_jax.step import Settings, make_attack_step, make_predict_step, make_train_step
+from rst_jax.runtime.mesh import make_mesh, replicate
 from rst_jax.threat import ThreatModel
+from rst_jax.training.state import TicketState, init_variables
+from rst_jax.training.step import Settings, make_attack_step, make_predict_step, make_train_step
 
 N, BATCH, STEPS = 48, 16, 3
 THREAT = ThreatModel(8 / 255)

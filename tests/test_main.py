@@ -13,8 +13,8 @@ import pytest
 
 from rst_jax import records
 from rst_jax.main import run_command
-from rst_jax.r2s import load_r2s
-from rst_jax.ticket import load_ticket
+from rst_jax.tickets.r2s import load_r2s
+from rst_jax.tickets.ticket import load_ticket
 
 ROOT = Path(__file__).parent.parent
 TINY = [

@@ -1,0 +1,1 @@
+"""Measuring robustness: programs, cascades of attacks, their evidence, checks, the card."""

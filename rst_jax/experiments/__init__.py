@@ -1,0 +1,1 @@
+"""Runs: the stages of a draw, each a function of the run."""

@@ -1,0 +1,133 @@
+"""Crossing tickets: images made against one, judged by all (the paper's transfer matrix)."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rst_jax.data import Dataset
+from rst_jax.evaluation.accuracy import Evaluator
+from rst_jax.records import TransferRecord, provenance, read_arrays, write_arrays
+from rst_jax.runtime import preemption
+from rst_jax.runtime.mesh import fetch, from_main, is_main, replicate
+from rst_jax.tickets.ticket import Ticket
+
+_SHOWN = 10
+_FORMAT = 2  # of the files of flags; others are made again
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossed:
+    """Per-example flags on the test images.
+
+    Attributes:
+      natural: natural[k, n]: ticket k is right on clean image n.
+      robust: robust[s, k, n]: ticket k is right on image n attacked through ticket s.
+      violations: images a source that left the threat model.
+      shown: shown[s]: a few images attacked through ticket s, to be looked at, and shown_index[s]: which.
+    """
+
+    natural: np.ndarray
+    robust: np.ndarray
+    violations: list[int]
+    shown: list[np.ndarray]
+    shown_index: list[np.ndarray]
+
+
+def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder: Path) -> Crossed:
+    """Attack every ticket on the test images and let every ticket judge.
+
+    The flags of each source are kept in `folder`, so that what is finished is not done again; they are used
+    only for the same tickets, attack and images.
+
+    Raises:
+      Preempted: the process was asked to stop; between two sources it does.
+    """
+    stamp = "|".join([f"flags {_FORMAT}", str(evaluator.attack_record), dataset.digest, *(t.digest for t in tickets)])
+    variables = [replicate(ticket.variables, evaluator.mesh) for ticket in tickets]
+    done = []
+    for place, source in enumerate(tickets):
+        if preemption.asked():
+            raise preemption.Preempted
+        path = folder / f"{source.meta['name']}.npz"
+        flags = _read(path, stamp + source.digest) if is_main() else None
+        if not from_main(np.asarray(flags is not None)):
+            flags = _flags(evaluator, place, variables, dataset)
+            if is_main():
+                write_arrays(path, {**flags, "stamp": np.asarray(stamp + source.digest)})
+        else:
+            flags = from_main(flags or _blank(len(tickets), dataset.test.images.shape))
+        done.append(flags)
+    return Crossed(
+        np.stack([flags["natural"] for flags in done]),
+        np.stack([flags["robust"] for flags in done]),
+        [int(flags["violations"]) for flags in done],
+        [flags["shown"] for flags in done],
+        [flags["shown_index"] for flags in done],
+    )
+
+
+def _flags(evaluator: Evaluator, place: int, variables: list[Any], dataset: Dataset) -> dict[str, np.ndarray]:
+    """The fields of `Crossed` for the ticket at `place`; of its adversarial images, only what is shown is kept."""
+    n, end, outside = len(dataset.test), 0, 0
+    natural, robust = np.zeros(n, bool), np.zeros((len(variables), n), bool)
+    shown: dict[int, np.ndarray] = {}
+    for batch in evaluator.judged(variables[place], variables, dataset, dataset.test):
+        first, end = end, end + len(batch.natural)
+        natural[first:end], robust[:, first:end] = batch.natural, batch.robust
+        outside += batch.violations
+        # What is worth showing of all images is among what is worth showing of the first so many, of any number.
+        index = _worth_showing(natural[:end], robust[place, :end])
+        if len(new := index[index >= first]):
+            shown |= zip(new.tolist(), fetch(batch.adversarial)[new - first], strict=True)
+        shown = {i: shown[i] for i in index.tolist()}
+    return {
+        "natural": natural,
+        "robust": robust,
+        "violations": np.asarray(outside, np.int64),
+        "shown": np.stack(list(shown.values())),
+        "shown_index": np.asarray(list(shown), np.int64),
+    }
+
+
+def _worth_showing(natural: np.ndarray, robust: np.ndarray) -> np.ndarray:
+    """The first images that the attack broke, at most half of what is shown, then the first that stood."""
+    broken = np.flatnonzero(natural & ~robust)[: _SHOWN // 2]
+    rest = np.setdiff1d(np.arange(len(natural)), broken)
+    rest = rest[np.argsort(~robust[rest], kind="stable")]
+    return np.concatenate([broken, rest])[:_SHOWN]
+
+
+def _blank(tickets: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    n, shown = shape[0], min(_SHOWN, shape[0])
+    return {
+        "natural": np.zeros(n, bool),
+        "robust": np.zeros((tickets, n), bool),
+        "violations": np.zeros((), np.int64),
+        "shown": np.zeros((shown, *shape[1:]), np.float32),
+        "shown_index": np.zeros(shown, np.int64),
+    }
+
+
+def _read(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
+    try:
+        found = read_arrays(path)
+    except ValueError:
+        return None
+    return found if str(found.pop("stamp", "")) == stamp else None
+
+
+def transfer_record(crossed: Crossed, tickets: list[Ticket], evaluator: Evaluator) -> TransferRecord:
+    """The matrix over `tickets`, the first rows and columns of `crossed`."""
+    k = len(tickets)
+    return TransferRecord(
+        names=[t.meta["name"] for t in tickets],
+        ratios=[t.remaining_ratio for t in tickets],
+        natural=crossed.natural[:k].mean(-1).tolist(),
+        robust=crossed.robust[:k, :k].mean(-1).tolist(),
+        n=crossed.natural.shape[-1],
+        attack=evaluator.attack_record,
+        digests=[t.digest for t in tickets],
+        provenance=provenance(),
+    )

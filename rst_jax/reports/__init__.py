@@ -1,0 +1,1 @@
+"""Records as text, plots and pages."""

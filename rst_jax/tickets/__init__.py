@@ -1,0 +1,1 @@
+"""Tickets, their files, and switching between them."""

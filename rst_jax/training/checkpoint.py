@@ -1,0 +1,153 @@
+"""Orbax checkpoints: the latest and the best state of each run, and the tickets of all ratios in one.
+
+Layout below `checkpoints/`: `<run>/latest/<step>`, `<run>/best/<step>`, and `tickets/` with the frozen weights
+and, for each ratio, packed masks and batch statistics. Orbax writes to a temporary name and renames, so a
+kill leaves the checkpoint before.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from rst_jax import subnet
+from rst_jax.runtime.mesh import from_main
+from rst_jax.training.state import TicketState
+
+Tree = Any
+
+
+def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+class RunCheckpoints:
+    """The latest and best checkpoint of one run.
+
+    A state is saved with its progress: plain values (epoch, best figure so far, ...), all that the loop needs to
+    go on. The best is always saved before the latest that speaks of it.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        # Two of the best: a kill may come after a new one is saved and before the latest that speaks of it.
+        self._latest, self._best = _manager(directory / "latest", 1), _manager(directory / "best", 2)
+
+    def save_latest(self, state: TicketState, progress: dict[str, Any]) -> None:
+        """Save the state after its step, replacing the one before; nothing where that step is saved already."""
+        step = int(state.step)
+        if step == self._latest.latest_step():
+            return
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+        self._latest.save(step, args=args)
+
+    def save_best(self, state: TicketState) -> None:
+        """Save the state as the best so far."""
+        step = int(state.step)
+        self._best.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+
+    def restore_latest(self, like: TicketState) -> tuple[TicketState, dict[str, Any]] | None:
+        """The latest state and its progress, placed as `like`; None when there is none.
+
+        Raises:
+          ValueError: the checkpoint is broken or of another network; its folder is named.
+        """
+        step = self._latest.latest_step()
+        for ahead in [s for s in self._best.all_steps() if s > (step or 0)]:
+            self._best.delete(ahead)  # of the stretch that is now run again
+        if step is None:
+            return None
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)), progress=ocp.args.JsonRestore())
+        try:
+            restored = self._latest.restore(step, args=args)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise ValueError(
+                f"{self.directory / 'latest' / str(step)}: this checkpoint cannot be read ({error}). "
+                "Move its folder away to start this run again, or take a fresh --workdir."
+            ) from error
+        return restored.state, restored.progress
+
+    def restore_best(self, like: TicketState, step: int) -> TicketState:
+        """The best state, saved at `step`."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
+        try:
+            return self._best.restore(step, args=args).state
+        except Exception as error:  # as above
+            raise ValueError(
+                f"{self.directory / 'best' / str(step)}: this checkpoint cannot be read ({error})."
+            ) from error
+
+    def close(self) -> None:
+        """Wait for Orbax and release its threads."""
+        self._latest.close()
+        self._best.close()
+
+
+def _abstract(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def save_tickets(directory: Path, params: Tree, tickets: dict[str, dict[str, Tree]], about: dict[str, Any]) -> None:
+    """The frozen weights once, and of each ratio the packed masks and the batch statistics.
+
+    Args:
+      directory: a folder that appears whole, the one before it kept until then.
+      params: the weights that all tickets share.
+      tickets: name to {"masks": bool trees, "batch_stats": tree}.
+      about: plain values to keep beside them.
+    """
+    content = {
+        "params": params,
+        "tickets": {
+            name: {"masks": subnet.pack(t["masks"]), "batch_stats": t["batch_stats"]} for name, t in tickets.items()
+        },
+    }
+    shapes = jax.tree.map(lambda m: list(m.shape), next(iter(tickets.values()))["masks"])
+    new, old = (directory.with_name(f".{directory.name}-{age}") for age in ("new", "old"))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            new.absolute(),
+            args=ocp.args.Composite(
+                tickets=ocp.args.StandardSave(jax.tree.map(np.asarray, content)),
+                about=ocp.args.JsonSave({"mask_shapes": shapes, **about}),
+            ),
+            force=True,
+        )
+    if jax.process_index() == 0:
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            directory.rename(old)
+        new.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    from_main(np.zeros(()))  # nobody reads before it is in place
+
+
+def restore_tickets(directory: Path) -> tuple[Tree, dict[str, dict[str, Tree]], dict[str, Any]]:
+    """What `save_tickets` wrote: the weights; of each ticket masks (bool) and batch statistics; the plain values.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it cannot be read.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: there is no checkpoint of tickets; draw some first.")
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                directory.absolute(),
+                args=ocp.args.Composite(tickets=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()),
+            )
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise ValueError(f"{directory}: this checkpoint of tickets cannot be read ({error}).") from error
+    content, about = jax.tree.map(np.asarray, restored.tickets), dict(restored.about)
+    shapes = jax.tree.map(
+        lambda shape: np.empty(shape, bool), about.pop("mask_shapes"), is_leaf=lambda s: isinstance(s, list)
+    )
+    tickets = {
+        name: {"masks": subnet.unpack(t["masks"], shapes), "batch_stats": t.get("batch_stats") or {}}
+        for name, t in content["tickets"].items()
+    }
+    return content["params"], tickets, about

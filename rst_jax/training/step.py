@@ -1,0 +1,290 @@
+"""The training step and the two evaluation steps.
+
+One step serves search, fine-tuning and dense training: materialise the weights once, attack them, take the
+gradient of the loss at the adversarial images, and update either the scores or the parameters. Over the mesh
+it runs as `shard_map`: the attack uses each device's own batch statistics and no collective; one all-reduce
+of gradient, statistics and metrics ends the step.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from rst_jax import subnet
+from rst_jax.attacks import pgd
+from rst_jax.data.pipeline import Images, augment, example_keys
+from rst_jax.losses import correct, cross_entropy
+from rst_jax.runtime.mesh import AXIS
+from rst_jax.threat import ThreatModel
+from rst_jax.training.state import TicketState
+
+Tree = Any
+Trainable = Literal["scores", "params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the step is made from besides the model and the optimiser; fields as in the configuration.
+
+    Attributes:
+      trainable: "scores" searches a mask; "params" trains the weights under a fixed one.
+      accumulate: parts of a device's batch that are attacked and differentiated one after the other; their gradients
+        are averaged, and batch statistics are of a part.
+      unroll: the attack as a flat program.
+    """
+
+    trainable: Trainable
+    threat: ThreatModel
+    attack_steps: int
+    attack_step_size: float
+    random_start: bool = True
+    attack_batch_norm: Literal["train", "eval"] = "train"
+    label_smoothing: float = 0.0
+    crop_padding: int = 0
+    flip: bool = False
+    accumulate: int = 1
+    unroll: bool = False
+
+
+def make_update(
+    model: nn.Module, optimizer: optax.GradientTransformation, settings: Settings, axis: str | None = None
+) -> Callable[..., tuple[TicketState, dict[str, jax.Array]]]:
+    """The step on one batch: `update(state, images, labels, noise, selection) -> (state, metrics)`.
+
+    Args of the result:
+      state: a TicketState.
+      images: [N, H, W, C] in [0, 1]; labels: int [N].
+      noise: where the attack starts, relative to the images; None starts at them.
+      selection: the kept counts of every layer (a search) or the fixed masks ("params"; {} for a dense network).
+    Metrics are sums over the batch: loss, correct (on adversarial images), count.
+
+    Args:
+      axis: the mesh axis to reduce over; None outside shard_map.
+    """
+    s = settings
+    loss_of = partial(cross_entropy, smoothing=s.label_smoothing)
+
+    def forward(weights: Tree, images: jax.Array, stats: Tree) -> tuple[jax.Array, Tree]:
+        logits, changed = model.apply(
+            {"params": weights, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+        )
+        return logits, changed.get("batch_stats", stats)
+
+    def attack(weights: Tree, images: jax.Array, labels: jax.Array, noise: Any, stats: Tree) -> tuple[jax.Array, Tree]:
+        run = partial(
+            pgd,
+            images=images,
+            labels=labels,
+            threat=s.threat,
+            steps=s.attack_steps,
+            step_size=s.attack_step_size,
+            start=noise,
+            loss=loss_of,
+            unroll=s.unroll,
+        )
+        if s.attack_batch_norm == "train":
+            return run(partial(forward, weights), memory=stats)
+        return run(lambda x: model.apply({"params": weights, "batch_stats": stats}, x, train=False)), stats
+
+    def update(
+        state: TicketState, images: jax.Array, labels: jax.Array, noise: Any, selection: Tree
+    ) -> tuple[TicketState, dict[str, jax.Array]]:
+        chex.assert_rank([images, labels], [4, 1])
+        searching = s.trainable == "scores"
+        masks = subnet.masks(state.scores, selection) if searching else selection
+        trained = state.scores if searching else state.params
+
+        def weights_of(trained: Tree) -> Tree:
+            if searching:
+                return subnet.materialise(state.params, trained, masks)
+            return subnet.apply_masks(trained, masks)
+
+        def part(stats: Tree, batch: tuple) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+            """Attack a part of the batch: the gradient of its mean loss, the statistics after it, its metrics."""
+            images, labels, noise = batch
+            adversarial, stats = attack(weights, images, labels, noise, stats)
+            adversarial = lax.stop_gradient(adversarial)
+
+            def loss_at(weights: Tree) -> tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]:
+                logits, after = forward(weights, adversarial, stats)
+                losses = loss_of(logits, labels)
+                metrics = {
+                    "loss": jnp.sum(losses).astype(jnp.float32),
+                    "correct": jnp.sum(correct(logits, labels), dtype=jnp.float32),
+                    "count": jnp.float32(labels.shape[0]),
+                }
+                return jnp.mean(losses), (after, metrics)
+
+            gradient, (stats, metrics) = jax.grad(loss_at, has_aux=True)(weights)
+            return gradient, stats, metrics
+
+        weights, pull_back = jax.vjp(weights_of, trained)
+        batch, stats = (images, labels, noise), state.batch_stats
+        if s.accumulate == 1:
+            gradient, stats, metrics = part(stats, batch)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(s.accumulate, -1, *x.shape[1:]), batch)
+            gradient, stats, metrics = _summed(part, stats, parts)
+            gradient = jax.tree.map(lambda g: g / s.accumulate, gradient)
+        (gradient,) = pull_back(gradient)
+        if axis:
+            gradient, stats = lax.pmean((gradient, stats), axis)
+            metrics = lax.psum(metrics, axis)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+        if not searching:
+            updates = subnet.apply_masks(updates, masks)
+        trained = optax.apply_updates(trained, updates)
+        state = TicketState(
+            step=state.step + 1,
+            params=state.params if searching else trained,
+            scores=trained if searching else state.scores,
+            batch_stats=stats,
+            opt_state=opt_state,
+        )
+        return state, metrics
+
+    return update
+
+
+def _summed(part: Callable, stats: Tree, parts: tuple) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+    """Gradients and metrics of `part` summed over the leading axis, one part in memory at a time."""
+
+    def body(carry: tuple, batch: tuple) -> tuple[tuple, None]:
+        total, stats = carry
+        gradient, stats, metrics = part(stats, batch)
+        return (jax.tree.map(jnp.add, total, (gradient, metrics)), stats), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    gradient, _, metrics = jax.eval_shape(part, stats, first)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradient, metrics))
+    ((gradient, metrics), stats), _ = lax.scan(body, (zero, stats), parts)
+    return gradient, stats, metrics
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    rows: int,
+    many: bool = False,
+    streamed: bool = False,
+) -> Any:
+    """The compiled step over the mesh: `step(state, data, order, first, selection, key, count)`.
+
+    Args of the result:
+      state: a TicketState, replicated; it is donated.
+      data: the training `Images`, replicated. order: the epoch's order, int32 [n].
+      first: where in the order the first batch begins, int32.
+      selection: see `make_update`.
+      key: key data, uint32 [2]; noise and augmentation fold in the step and each example's id.
+      count: how many steps to run, int32, each on the batch after; 1 unless `many`.
+
+    Args:
+      batch_size: the place of a batch in the order is a multiple of this.
+      rows: examples of this batch: batch_size, or fewer for the last, short one. Divisible by the devices.
+      many: loop over `count` steps in one dispatch.
+      streamed: `data` is this step's batch alone, split over the mesh by rows; order and first are not used.
+
+    Raises:
+      ValueError: the devices, or the parts of a device's batch, cannot share it evenly.
+    """
+    update = make_update(model, optimizer, settings, AXIS)
+    per_device = rows // mesh.size
+    if per_device * mesh.size != rows or not rows:
+        raise ValueError(f"a batch of {rows} images cannot be split over {mesh.size} devices; take a multiple.")
+    if per_device % settings.accumulate:
+        raise ValueError(f"{per_device} images a device cannot be accumulated in {settings.accumulate} equal parts.")
+
+    def one(
+        state: TicketState, data: Images, order: jax.Array, first: jax.Array, selection: Tree, key: jax.Array
+    ) -> tuple[TicketState, dict[str, jax.Array]]:
+        place = jnp.arange(per_device, dtype=jnp.int32)
+        if not streamed:
+            place = order[first + lax.axis_index(AXIS) * per_device + place]
+        dtype = jax.tree.leaves(state.params)[0].dtype
+        images, labels, ids = data.take(place, dtype)
+        keys = example_keys(jax.random.fold_in(key, state.step), ids)
+        crop_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        images = augment(crop_keys, images, settings.crop_padding, settings.flip)
+        noise = settings.threat.noise(noise_keys, images) if settings.random_start else None
+        return update(state, images, labels, noise, selection)
+
+    def steps(
+        state: TicketState,
+        data: Images,
+        order: jax.Array,
+        first: jax.Array,
+        selection: Tree,
+        key: jax.Array,
+        count: jax.Array,
+    ) -> tuple[TicketState, dict[str, jax.Array]]:
+        key = jax.random.wrap_key_data(key)
+        if not many:
+            return one(state, data, order, first, selection, key)
+
+        def body(i: jax.Array, carry: tuple) -> tuple:
+            state, total = carry
+            state, metrics = one(state, data, order, first + i * batch_size, selection, key)
+            return state, jax.tree.map(jnp.add, total, metrics)
+
+        zero = {name: jnp.zeros((), jnp.float32) for name in ("loss", "correct", "count")}
+        return lax.fori_loop(0, count, body, (state, zero))
+
+    replicated = PartitionSpec()
+    specs = (replicated, PartitionSpec(AXIS) if streamed else replicated, *[replicated] * 5)
+    mapped = jax.shard_map(steps, mesh=mesh, in_specs=specs, out_specs=replicated, check_vma=False)
+    return jax.jit(mapped, donate_argnums=0)
+
+
+def make_attack_step(
+    model: nn.Module, threat: ThreatModel, mesh: Mesh, *, steps: int, step_size: float, unroll: bool
+) -> Callable[..., jax.Array]:
+    """Compiled PGD on a trained network: `attack(variables, images, labels, ids, key) -> adversarial images`.
+
+    One uniform start an example, from its id; an example rests once it is misclassified (paper). The variables
+    are replicated, the rest is split by rows over the mesh; padding rows may hold anything.
+    """
+
+    def attack(variables: Tree, images: jax.Array, labels: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
+        noise = threat.noise(example_keys(jax.random.wrap_key_data(key), ids), images)
+        return pgd(
+            lambda x: model.apply(variables, x, train=False),
+            images,
+            labels,
+            threat,
+            steps=steps,
+            step_size=step_size,
+            start=noise,
+            rest_when_broken=True,
+            unroll=unroll,
+        )
+
+    rows, replicated = PartitionSpec(AXIS), PartitionSpec()
+    specs = (replicated, rows, rows, rows, replicated)
+    return jax.jit(jax.shard_map(attack, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False))
+
+
+def make_predict_step(model: nn.Module, mesh: Mesh) -> Callable[..., jax.Array]:
+    """Compiled logits of a trained network: `predict(variables, images) -> [N, classes]`, split by rows."""
+    rows, replicated = PartitionSpec(AXIS), PartitionSpec()
+    return jax.jit(
+        jax.shard_map(
+            lambda variables, images: model.apply(variables, images, train=False),
+            mesh=mesh,
+            in_specs=(replicated, rows),
+            out_specs=rows,
+            check_vma=False,
+        )
+    )

@@ -1,0 +1,177 @@
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from rst_jax import config as config_lib
+from rst_jax.data import Dataset, load_dataset
+from rst_jax.evaluation.accuracy import Evaluator, ticket_record
+from rst_jax.evaluation.evidence import correct
+from rst_jax.experiments.transfer import _worth_showing, cross
+from rst_jax.models.resnet import ResNet
+from rst_jax.runtime.mesh import make_mesh
+from rst_jax.training.state import init_variables
+from tests.drawing import draw
+
+CONFIG = config_lib.from_dict(digits.get_config())
+MODEL = ResNet(num_classes=10, mean=(0.3,), std=(0.4,), blocks=(1,), widths=(8,), stem_stride=2)
+KEY = np.asarray(jax.random.key_data(jax.random.key(7)))
+
+
+def settings(**changes):
+    return dataclasses.replace(CONFIG, evaluate=dataclasses.replace(CONFIG.evaluate, steps=4, **changes))
+
+
+@pytest.fixture(scope="module")
+def some():
+    data = load_dataset(dataclasses.replace(CONFIG, evaluate=dataclasses.replace(CONFIG.evaluate, examples=53)))
+    v = init_variables(MODEL, (8, 8, 1), jax.random.key(1))
+    variables = {name: v[name] for name in ("params", "batch_stats")}
+    # The labels are what the network says, so that there is something to break.
+    logits = Evaluator(MODEL, settings(), make_mesh(), KEY).logits(variables, data.scaled(data.test))
+    labels = np.argmax(logits, -1).astype(data.test.labels.dtype)
+    return variables, data, dataclasses.replace(data.test, labels=labels)
+
+
+def judged(evaluator, attacked, judges, data, split):
+    """All batches of a split as one: natural [N], robust [K, N], violations, adversarial images [N, H, W, C]."""
+    batches = list(evaluator.judged(attacked, judges, data, split))
+    return (
+        np.concatenate([batch.natural for batch in batches]),
+        np.concatenate([batch.robust for batch in batches], axis=-1),
+        sum(batch.violations for batch in batches),
+        np.concatenate([np.asarray(batch.adversarial)[: len(batch.natural)] for batch in batches]),
+    )
+
+
+def test_results_do_not_hang_on_batch_size_order_padding_or_devices(some):
+    variables, data, split = some
+    order = np.random.default_rng(0).permutation(len(split))
+    found = []
+    for devices, size in ((1, 53), (1, 8), (4, 20)):
+        evaluator = Evaluator(MODEL, settings(batch_size=size), make_mesh(jax.devices()[:devices]), KEY)
+        for place in (np.arange(len(split)), order):
+            natural, robust, outside, adversarial = judged(evaluator, variables, [variables], data, split.take(place))
+            back = np.argsort(place)
+            found.append((adversarial[back], robust[0, back]))
+            assert natural.all()
+            assert outside == 0
+    for adversarial, right in found[1:]:
+        np.testing.assert_allclose(adversarial, found[0][0], atol=1e-6)
+        np.testing.assert_array_equal(right, found[0][1])
+    assert 0 < found[0][1].mean() < 1
+
+
+def test_no_radius_is_clean_accuracy_and_a_large_one_breaks_everything(some):
+    variables, data, split = some
+    for eps, step, accuracy in ((0.0, 0.1, 1.0), (1.0, 0.25, 0.0)):
+        config = dataclasses.replace(settings(step_size=step), threat=config_lib.Threat("linf", eps))
+        evaluator = Evaluator(MODEL, config, make_mesh(), KEY)
+        assert evaluator.accuracies(variables, data, split) == (1.0, accuracy)
+
+
+def test_every_network_judges_for_itself(some):
+    """Against the two compiled programs called by hand."""
+    variables, data, split = some
+    v = init_variables(MODEL, (8, 8, 1), jax.random.key(2))
+    other = {name: v[name] for name in variables}
+    evaluator = Evaluator(MODEL, settings(batch_size=20), make_mesh(), KEY)
+    natural, robust, _, adversarial = judged(evaluator, other, [variables, other], data, split)
+    images = data.scaled(split)
+    by_hand = [
+        np.argmax(evaluator.logits(w, x), -1) == split.labels for w, x in ((other, images), (variables, adversarial))
+    ]
+    np.testing.assert_array_equal(natural, by_hand[0])
+    np.testing.assert_array_equal(robust[0], by_hand[1])
+    assert (robust[0] != robust[1]).any()
+    assert 0 < np.abs(adversarial - images).max() <= settings().threat.eps + 1e-6
+
+
+def test_an_attack_that_leaves_the_ball_is_not_counted(some):
+    variables, data, split = some
+    evaluator = Evaluator(MODEL, settings(batch_size=20), make_mesh(), KEY)
+    evaluator._attack = lambda v, x, y, i, k: jnp.where(
+        (i % 2 == 1).reshape(-1, 1, 1, 1), x + 0.5, x
+    )  # a planted cheat
+    _, robust, outside, adversarial = judged(evaluator, variables, [variables], data, split)
+    assert outside == (split.ids % 2 == 1).sum() > 0
+    np.testing.assert_array_equal(adversarial, data.scaled(split))
+    assert robust.all()
+
+
+def test_violations_of_padding_are_not_counted(some):
+    variables, data, split = some
+    evaluator = Evaluator(MODEL, settings(batch_size=20), make_mesh(), KEY)
+    evaluator._attack = lambda v, x, y, i, k: jnp.full_like(x, jnp.nan)
+    assert judged(evaluator, variables, [variables], data, split)[2] == len(split) == 53
+
+
+def test_logits_that_are_not_finite_are_wrong(some):
+    variables, data, split = some
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), variables)
+    evaluator = Evaluator(MODEL, settings(), make_mesh(), KEY)
+    zeros = dataclasses.replace(split, labels=np.zeros_like(split.labels))
+    assert evaluator.accuracies(broken, data, zeros) == (0.0, 0.0)
+    logits = np.asarray([[2.0, 1.0], [2.0, np.nan], [np.inf, 0.0], [0.0, 1.0]])
+    np.testing.assert_array_equal(correct(logits, np.asarray([0, 0, 0, 0])), [True, False, False, False])
+
+
+def test_no_more_than_a_few_batches_are_scaled_ahead(some, monkeypatch):
+    variables, data, split = some
+    evaluator = Evaluator(MODEL, settings(batch_size=4), make_mesh(), KEY)
+    scaled, scale = [], Dataset.scaled
+    monkeypatch.setattr(Dataset, "scaled", lambda self, part: scaled.append(len(part)) or scale(self, part))
+    with contextlib.closing(evaluator.judged(variables, [variables], data, split)) as batches:
+        next(batches)
+    assert len(scaled) <= 4
+    assert max(scaled) == 4
+
+
+def test_what_is_shown_is_chosen_batch_by_batch_as_from_the_whole():
+    rng = np.random.default_rng(0)
+    for rate in (0.02, 0.2, 0.5, 0.8, 0.98):
+        natural, robust = rng.random((2, 90)) < np.asarray([[0.8], [rate]])
+        kept = np.zeros(0, int)
+        for end in range(1, 91):
+            chosen = _worth_showing(natural[:end], robust[:end])
+            assert set(chosen) <= {*kept, end - 1}
+            kept = chosen
+
+
+@pytest.mark.slow
+def test_crossing_keeps_what_is_done_and_knows_its_own(tmp_path, monkeypatch):
+    data = load_dataset(dataclasses.replace(CONFIG, evaluate=dataclasses.replace(CONFIG.evaluate, examples=30)))
+    tickets = [draw(r)[0] for r in (0.2, 0.5)]
+    evaluator = Evaluator(tickets[0].module, settings(), make_mesh(), KEY)
+    first = cross(evaluator, tickets, data, tmp_path)
+    assert first.robust.shape == (2, 2, 30)
+    assert first.natural.shape == (2, 30)
+    for i, ticket in enumerate(tickets):
+        natural, _, _, adversarial = judged(evaluator, ticket.variables, [ticket.variables], data, data.test)
+        np.testing.assert_array_equal(first.natural[i], natural)
+        for j, judge in enumerate(tickets):
+            right = correct(evaluator.logits(judge.variables, adversarial), data.test.labels)
+            np.testing.assert_array_equal(first.robust[i, j], right)
+        np.testing.assert_array_equal(first.shown[i], adversarial[first.shown_index[i]])
+        assert len(set(first.shown_index[i])) == 10
+    calls = []
+    judge_all = evaluator.judged
+    monkeypatch.setattr(evaluator, "judged", lambda *args: calls.append(1) or judge_all(*args))
+    again = cross(evaluator, tickets, data, tmp_path)
+    np.testing.assert_array_equal(again.robust, first.robust)
+    assert not calls
+    (tmp_path / "ratio-0.2.npz").write_bytes(b"cut off")
+    cross(evaluator, tickets, data, tmp_path)
+    assert len(calls) == 1
+    cross(evaluator, tickets[::-1], data, tmp_path)  # other judges: nothing is reused
+    assert len(calls) == 3
+
+    meta = {"dataset": "digits", "selected_on": "holdout", "epoch": 3, "seed": 0}
+    tickets[0].meta.update(meta)
+    record = ticket_record(tickets[0], evaluator.attack_record, first.natural[0], first.robust[0, 0], 0)
+    assert (record.weights_kept, record.weights_total) == tickets[0].weight_counts
+    assert record.natural.value == first.natural[0].mean()

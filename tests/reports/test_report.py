@@ -1,0 +1,69 @@
+import jax.numpy as jnp
+import numpy as np
+
+import rst_jax
+from rst_jax import records
+from rst_jax.reports.report import Results, read_results, table, write_report
+
+ATTACK = records.AttackRecord("PGD-20", "linf", 8 / 255, 20, 2 / 255, 1, 0)
+HERE = records.Provenance("now", "0", "r", {"jax": "0"}, "1 x cpu", "3")
+
+
+def ticket(name, ratio, right, violations=0, selected_on="holdout"):
+    half = records.accuracy(np.arange(10) < right)
+    return records.TicketRecord(
+        name, ratio, 1000, 10000, records.accuracy(np.ones(10, bool)), half, violations, ATTACK, "cifar10", "resnet18",
+        "float32", selected_on, 3, 0, "abcdef0123456789", HERE,
+    )  # fmt: skip
+
+
+def test_the_table_has_a_row_a_network_and_names_the_attack_in_full():
+    lines = table(Results([ticket("ratio-0.1", 0.1, 5), ticket("dense", 1.0, 6, 2)], None, None, [], None)).splitlines()
+    assert lines[0].split() == ["network", "weights", "kept", "natural", "%", "PGD-20", "%", "best", "epoch"]
+    assert lines[2].startswith("ticket, ratio 0.1")
+    assert "50.0 [23.7, 76.3]" in lines[2]
+    assert lines[3].startswith("dense")
+    said = " ".join(lines[4:])
+    for words in ("10 test images", "linf", "8/255", "seed 0", "held-out", "2 adversarial images left"):
+        assert words in said
+    assert len({len(line) for line in lines[:4]}) == 1
+
+
+def test_what_was_chosen_on_the_test_images_says_so():
+    assert "chosen on the test images" in table(
+        Results([ticket("ratio-0.1", 0.1, 5, selected_on="test")], None, None, [], None)
+    )
+
+
+def test_a_page_of_few_results_leaves_out_what_there_is_not(tmp_path):
+    only = [ticket("ratio-0.1", 0.1, 5)]
+    alone = records.TransferRecord(["ratio-0.1"], [0.1], [1.0], [[0.5]], 10, ATTACK, ["a"], HERE)
+    page = write_report(tmp_path, Results(only, alone, None, [], None)).read_text()
+    assert page.count("<figure>") == 1
+    assert "abcdef012345" in page
+    hostile = records.TicketRecord(**{**vars(only[0]), "dataset": "<script>alert(1)</script>"})
+    page = write_report(tmp_path, Results([hostile], None, None, [], None)).read_text()
+    assert "<script>" not in page
+
+
+def test_a_workdirs_cards_are_sections_of_its_report(tmp_path):
+    folder = tmp_path / "results"
+    records.write_json(folder / "ratio-0.1.json", ticket("ratio-0.1", 0.1, 5))
+    images, labels = np.full((4, 2, 2, 1), 0.5, np.float32), np.zeros(4, int)
+    images[0] = 0.9  # stands
+
+    def logits_fn(x):
+        return jnp.stack([x[:, 0, 0, 0] - 0.49, 0.49 - x[:, 0, 0, 0]], -1)
+
+    for name in ("ratio-0.1-autoattack", "ratio-0.15-autoattack"):  # of the second there is no record
+        rst_jax.evaluate(
+            logits_fn, images, labels, rst_jax.ThreatModel(0.1), "fgsm", folder=folder / "cards" / name, subject=name
+        )
+    page = write_report(tmp_path, read_results(tmp_path, ["ratio-0.1"])).read_text()
+    for told in (
+        "Evaluation card: ratio-0.1-autoattack on images",
+        "Accuracy over eps and over effort",
+        "Verdict: suspect",
+    ):
+        assert told in page
+    assert "ratio-0.15" not in page
