@@ -36,7 +36,8 @@ from rst_jax.attacks.attack import Attack, Problem
 from rst_jax.evaluation.cascade import Classifier, Driver, Row
 from rst_jax.evaluation.evidence import Evidence, Examples
 from rst_jax.models.resnet import ResNet
-from rst_jax.records import provenance, read_arrays, write_arrays, write_json
+from rst_jax.records import provenance
+from rst_jax.runtime.files import read_arrays, write_arrays, write_json
 from rst_jax.runtime.mesh import AXIS, make_mesh, make_tree, replicate, split_cpu, split_rows
 from rst_jax.threat import ThreatModel
 from rst_jax.training.state import TicketState, init_variables

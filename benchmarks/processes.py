@@ -22,7 +22,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rst_jax.records import provenance, write_json
+from rst_jax.records import provenance
+from rst_jax.runtime.files import write_json
 
 ROOT = Path(__file__).parent.parent
 STEPS = 100  # in five epochs of 1,280 images

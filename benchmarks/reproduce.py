@@ -21,6 +21,7 @@ from typing import Any
 
 from rst_jax import records
 from rst_jax.experiments.run import name_of
+from rst_jax.runtime import files
 from rst_jax.tickets.ticket import load_ticket
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +79,7 @@ def keep(workdir: Path, zoo: Path, config: str, seconds: float) -> list[dict[str
             "seconds_until_here": round(seconds, 1),
         }
         index.append(row)
-        records.write_json(index_path, index)
+        files.write_json(index_path, index)
     return index
 
 
@@ -123,7 +124,7 @@ def main() -> int:
         code = run_until(deadline, command(args.config, args.workdir.absolute(), drawn, rest))
         spent = before + time.monotonic() - start
         spent_path.parent.mkdir(parents=True, exist_ok=True)
-        records.write_text(spent_path, f"{spent:.1f}\n")
+        files.write_text(spent_path, f"{spent:.1f}\n")
         index = keep(args.workdir, args.zoo, str(args.config), spent)
         if code:
             break

@@ -23,9 +23,9 @@ Where the time of our step goes, from programs of its own pieces:
 The pieces are measured apart from one another, so their sum need not be the whole; the table says how near it is.
 Off the CPU the short ones hold the time of their dispatch.
 
-Operations are counted by formula (`rst_jax.runtime.operations`): what the step needs, not what a program does. The machine's
-own rate is that of a large matrix product of the same type, the best of all turns, in JAX or PyTorch, whichever is
-faster.
+Operations are counted by formula (`rst_jax.runtime.operations`): what the step needs, not what a program does. The
+machine's own rate is that of a large matrix product of the same type, the best of all turns, in JAX or PyTorch,
+whichever is faster.
 """
 
 import argparse
@@ -50,8 +50,9 @@ from tqdm import tqdm
 
 from rst_jax import subnet
 from rst_jax.data.pipeline import Images, augment, epoch_order, example_keys
-from rst_jax.models import make_model
-from rst_jax.records import provenance, write_json
+from rst_jax.models import ModelSpec
+from rst_jax.records import provenance
+from rst_jax.runtime.files import write_json
 from rst_jax.runtime.mesh import make_mesh, on_cpu, replicate
 from rst_jax.runtime.operations import operations, step_operations
 from rst_jax.threat import ThreatModel
@@ -108,7 +109,7 @@ class Ours:
     def __init__(self, o: argparse.Namespace, images: np.ndarray, labels: np.ndarray):
         self.mesh, self.rows = make_mesh(jax.devices()[:1]), o.batch
         self.steps = len(labels) // o.batch
-        self.model: Any = make_model(o.model, 10, MEAN, STD, dtype=jnp.dtype(o.compute))
+        self.model: Any = ModelSpec(o.model, 10, MEAN, STD).make(dtype=jnp.dtype(o.compute))
         self.sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
         flat = on_cpu(self.mesh)
         self.settings = Settings("scores", ThreatModel(EPS), o.pgd, STEP, crop_padding=PADDING, flip=True, unroll=flat)

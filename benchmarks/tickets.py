@@ -20,7 +20,8 @@ import optax
 
 from rst_jax import subnet
 from rst_jax.models.resnet import ResNet
-from rst_jax.records import provenance, write_json
+from rst_jax.records import provenance
+from rst_jax.runtime.files import write_json
 from rst_jax.runtime.mesh import make_mesh, on_cpu
 from rst_jax.threat import ThreatModel
 from rst_jax.training.state import TicketState, init_variables

@@ -29,12 +29,12 @@ from rst_jax.experiments import search
 from rst_jax.experiments.run import Run, claimed, name_of
 from rst_jax.experiments.transfer import Crossed, cross, transfer_record
 from rst_jax.planning import plan
-from rst_jax.records import write_arrays, write_json
 from rst_jax.reports.report import read_results, table, write_report
 from rst_jax.runtime import preemption
+from rst_jax.runtime.files import write_arrays, write_json
+from rst_jax.runtime.progress import make_say
 from rst_jax.tickets.r2s import load_r2s, r2s_record
 from rst_jax.tickets.ticket import Ticket
-from rst_jax.training.metrics import make_say
 
 _USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 

@@ -16,7 +16,7 @@ from rst_jax.attacks import APGD, FAB, Square
 from rst_jax.data.pipeline import Images
 from rst_jax.evaluation.cascade import Classifier, Driver, Row
 from rst_jax.evaluation.evidence import Examples
-from rst_jax.models import make_model
+from rst_jax.models import ModelSpec
 from rst_jax.runtime.mesh import make_mesh, replicate
 from rst_jax.threat import ThreatModel
 from rst_jax.training.state import TicketState, init_variables
@@ -35,7 +35,7 @@ def mesh_of(place: str) -> Mesh:
 
 
 def network(dtype):
-    return make_model("wrn10_1", 10, (0.5,) * 3, (0.25,) * 3, dtype=dtype, param_dtype=dtype)
+    return ModelSpec("wrn10_1", 10, (0.5,) * 3, (0.25,) * 3).make(dtype=dtype, param_dtype=dtype)
 
 
 def start(dtype):

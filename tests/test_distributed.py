@@ -14,10 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from rst_jax.records import read_arrays
 from rst_jax.reports.card_table import load_card
+from rst_jax.runtime.files import read_arrays, read_lines
 from rst_jax.tickets.ticket import load_ticket
-from rst_jax.training.metrics import read_lines
 
 ROOT = Path(__file__).parent.parent
 TINY = [

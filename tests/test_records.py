@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from rst_jax import records
+from rst_jax.runtime import files
 
 
 def test_wilson_interval_by_hand():
@@ -23,7 +24,7 @@ def test_wilson_interval_by_hand():
 def test_a_record_round_trips(tmp_path):
     attack = records.AttackRecord("PGD-20", "linf", 0.1, 20, 0.01, 1, 0)
     record = records.TransferRecord(["a"], [0.1], [0.9], [[0.5]], 10, attack, ["x"], records.provenance())
-    records.write_json(tmp_path / "deep" / "r.json", record)
+    files.write_json(tmp_path / "deep" / "r.json", record)
     assert records.read_json(tmp_path / "deep" / "r.json", records.TransferRecord) == record
     assert json.loads((tmp_path / "deep" / "r.json").read_text())["attack"]["eps"] == 0.1
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["r.json"]

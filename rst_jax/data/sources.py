@@ -12,7 +12,8 @@ import numpy as np
 
 from rst_jax.config import Config
 from rst_jax.data.stream import EncodedImages, streamed_split
-from rst_jax.records import digest, read_arrays
+from rst_jax.records import digest
+from rst_jax.runtime.files import read_arrays
 
 # Of each channel, on the [0, 1] scale; other datasets use those of their own training images.
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rst_jax.records import read_arrays, write_arrays
+from rst_jax.runtime.files import read_arrays, write_arrays
 
 T = TypeVar("T")
 _RECORDS_A_READ = 256

@@ -20,9 +20,9 @@ from rst_jax.data import Dataset, Split, prefetched
 from rst_jax.losses import correct
 from rst_jax.records import PRECISION, AttackRecord, TicketRecord, accuracy, provenance
 from rst_jax.runtime.mesh import AXIS, fetch, on_cpu, replicate, split_rows
+from rst_jax.runtime.progress import progress
 from rst_jax.threat import ThreatModel
 from rst_jax.tickets.ticket import Ticket
-from rst_jax.training.metrics import progress
 from rst_jax.training.step import make_attack_step, make_predict_step
 
 Tree = Any

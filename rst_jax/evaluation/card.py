@@ -28,21 +28,9 @@ from rst_jax.evaluation.classifier import Subject, check_question, key_data, of_
 from rst_jax.evaluation.evidence import WRONG, Evidence, Examples
 from rst_jax.evaluation.suites import described, make_rows, sweep_rows
 from rst_jax.losses import correct
-from rst_jax.records import (
-    PRECISION,
-    CardRecord,
-    Check,
-    Curve,
-    RowRecord,
-    Sweep,
-    accuracy,
-    digest,
-    provenance,
-    read_arrays,
-    write_arrays,
-    write_json,
-)
+from rst_jax.records import PRECISION, CardRecord, Check, Curve, RowRecord, Sweep, accuracy, digest, provenance
 from rst_jax.reports.card_table import table
+from rst_jax.runtime.files import read_arrays, write_arrays, write_json
 from rst_jax.runtime.mesh import is_main, make_mesh, on_main
 from rst_jax.runtime.workdir import hold, read_record, refuse_foreign
 from rst_jax.threat import ThreatModel

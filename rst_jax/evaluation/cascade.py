@@ -32,11 +32,11 @@ from rst_jax.attacks.attack import Attack, Problem
 from rst_jax.evaluation.evidence import Evidence, Examples
 from rst_jax.evaluation.programs import Apply, Fixed, Programs
 from rst_jax.losses import correct, margin
-from rst_jax.records import read_arrays, write_arrays
 from rst_jax.runtime import preemption
+from rst_jax.runtime.files import read_arrays, write_arrays
 from rst_jax.runtime.mesh import fetch, from_main, is_main, make_tree, replicate, split_rows
+from rst_jax.runtime.progress import progress
 from rst_jax.threat import ThreatModel
-from rst_jax.training.metrics import progress
 
 Tree = Any
 _LOOKS = 10  # times a round, at most, that the host looks whether all examples are broken

@@ -15,13 +15,15 @@ from rst_jax import subnet
 from rst_jax.config import Config
 from rst_jax.data import load_dataset
 from rst_jax.evaluation.accuracy import Evaluator
-from rst_jax.models import make_model
-from rst_jax.records import provenance, write_json
+from rst_jax.models import ModelSpec
+from rst_jax.records import provenance
+from rst_jax.runtime.files import write_json
 from rst_jax.runtime.mesh import AXIS, from_main, is_main, make_mesh, on_cpu, on_main
+from rst_jax.runtime.progress import Say
 from rst_jax.runtime.workdir import hold, read_record, refuse_foreign
 from rst_jax.tickets.ticket import Ticket, load_ticket
 from rst_jax.training.loop import Trainer, batch_sizes
-from rst_jax.training.metrics import MetricsWriter, Say
+from rst_jax.training.metrics import MetricsWriter
 from rst_jax.training.state import init_variables
 
 Tree = Any
@@ -55,10 +57,10 @@ class Run:
         self.param_dtype = jnp.float64 if self.dtype == "float64" else jnp.float32
 
     def module(self, **types: Any) -> Any:
-        """The network; `types` as in `make_model`."""
+        """The network; `types` as in `ModelSpec`."""
         spec = self.model_spec
         mean, std = tuple(spec["mean"]), tuple(spec["std"])
-        return make_model(spec["name"], spec["num_classes"], mean, std, **types)
+        return ModelSpec(spec["name"], spec["num_classes"], mean, std).make(**types)
 
     def key(self, purpose: str) -> np.ndarray:
         """Key data of the run's key for a purpose: init, order, step or evaluate."""

@@ -8,8 +8,9 @@ import numpy as np
 
 from rst_jax.data import Dataset
 from rst_jax.evaluation.accuracy import Evaluator
-from rst_jax.records import TransferRecord, provenance, read_arrays, write_arrays
+from rst_jax.records import TransferRecord, provenance
 from rst_jax.runtime import preemption
+from rst_jax.runtime.files import read_arrays, write_arrays
 from rst_jax.runtime.mesh import fetch, from_main, is_main, replicate
 from rst_jax.tickets.ticket import Ticket
 

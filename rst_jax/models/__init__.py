@@ -6,7 +6,8 @@ itself and returns logits [N, num_classes]. Modules know nothing of masks. Submo
 paper's released code with "_" for ".", so its checkpoints map onto ours by that rule alone.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -37,38 +38,53 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def make_model(
-    name: str,
-    num_classes: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
-    bn_axis: str | None = None,
-    remat: bool = False,
-) -> nn.Module:
-    """The network `name`.
+@dataclasses.dataclass(frozen=True, init=False)
+class ModelSpec:
+    """A network by name: all that its construction needs and a ticket's file keeps. Hashable.
 
-    Args:
+    Attributes:
       name: a key of `MODELS`.
       num_classes: logits an image.
       mean, std: of each channel, on the [0, 1] scale; the network computes (images - mean) / std.
-      dtype: of the computation; the last layer and the logits have param_dtype.
-      param_dtype: of the weights and statistics.
-      bn_axis: a mesh axis over which batch statistics are averaged; None keeps them on each device.
-      remat: residual blocks keep only their inputs for the gradient and compute the rest again: less memory, more time.
+      arguments: others of the constructor, for instance (("width", 0.5),).
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, or an argument that this network does not take; the nearest one is named.
     """
-    if name not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}.")
-    return MODELS[name](
-        num_classes=num_classes,
-        mean=mean,
-        std=std,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        bn_axis=bn_axis,
-        remat=remat,
-    )
+
+    name: str
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    arguments: tuple[tuple[str, Any], ...]
+
+    def __init__(self, name: str, num_classes: int, mean: Sequence[float], std: Sequence[float], **arguments: Any):
+        if name not in MODELS:
+            raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}.")
+        fields = {"name": name, "num_classes": num_classes, "mean": tuple(mean), "std": tuple(std)}
+        for field, value in {**fields, "arguments": tuple(sorted(arguments.items()))}.items():
+            object.__setattr__(self, field, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `ModelSpec(**plain)` is the spec again."""
+        own = {"name": self.name, "num_classes": self.num_classes, "mean": list(self.mean), "std": list(self.std)}
+        return own | dict(self.arguments)
+
+    def make(
+        self,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        bn_axis: str | None = None,
+        remat: bool = False,
+    ) -> nn.Module:
+        """The Flax module.
+
+        Args:
+          dtype: of the computation; the last layer and the logits have param_dtype.
+          param_dtype: of the weights and statistics.
+          bn_axis: a mesh axis over which batch statistics are averaged; None keeps them on each device.
+          remat: residual blocks keep only their inputs for the gradient and compute the rest again: less memory, more
+            time.
+        """
+        fixed = {"num_classes": self.num_classes, "mean": self.mean, "std": self.std, **dict(self.arguments)}
+        return MODELS[self.name](**fixed, dtype=dtype, param_dtype=param_dtype, bn_axis=bn_axis, remat=remat)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rst_jax.config import Config
 from rst_jax.data.pipeline import Images
 from rst_jax.data.sources import STREAMED, load_dataset
-from rst_jax.models import make_model
+from rst_jax.models import ModelSpec
 from rst_jax.planning.chips import parse_topology
 from rst_jax.planning.hlo import Collective, collectives
 from rst_jax.runtime.mesh import AXIS, make_mesh
@@ -108,7 +108,7 @@ def make_plan(config: Config, topology: str) -> Plan:
     chip, chips = parse_topology(topology)
     n, image_shape, classes = _data(config)
     batches = batch_sizes(n, config.batch_size, chips)
-    model = make_model(config.model, classes, (0.5,) * image_shape[-1], (0.25,) * image_shape[-1])
+    model = ModelSpec(config.model, classes, (0.5,) * image_shape[-1], (0.25,) * image_shape[-1]).make()
     variables = jax.eval_shape(
         lambda key: init_variables(model, image_shape, key, pattern=config.pattern), jax.random.key(0)
     )
@@ -202,7 +202,7 @@ def _compile(
     """The step of the loop, compiled for a mesh; arguments are shapes alone."""
     types: dict[str, Any] = {"dtype": jnp.bfloat16, "bn_axis": AXIS if config.bn_sync else None, "remat": config.remat}
     half = (0.5,) * image_shape[-1]
-    model = make_model(config.model, classes, half, half, **types)
+    model = ModelSpec(config.model, classes, half, half).make(**types)
     streamed, rows = config.dataset in STREAMED, config.batch_size
     job, per_epoch = Job("plan", "scores", config.epochs, config.optimizer), -(-n // rows)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.epochs, per_epoch))

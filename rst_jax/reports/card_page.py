@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rst_jax.records import CardRecord, read_arrays, write_text
+from rst_jax.records import CardRecord
 from rst_jax.reports.card_table import load_card, row_cells
 from rst_jax.reports.page import CYCLE, ROBUST, figure_of, pairs, render, svg, table
+from rst_jax.runtime.files import read_arrays, write_text
 
 
 def write_card_page(folder: Path) -> Path:

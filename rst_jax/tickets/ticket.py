@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rst_jax import subnet
-from rst_jax.models import make_model
-from rst_jax.records import digest, read_arrays, write_arrays
+from rst_jax.models import ModelSpec
+from rst_jax.records import digest
+from rst_jax.runtime.files import read_arrays, write_arrays
 
 Tree = Any
 _FORMAT = 1
@@ -71,7 +72,7 @@ class Ticket:
     def module(self) -> nn.Module:
         """The Flax module, in float32."""
         m = self.model
-        return make_model(m["name"], m["num_classes"], tuple(m["mean"]), tuple(m["std"]))
+        return ModelSpec(m["name"], m["num_classes"], tuple(m["mean"]), tuple(m["std"])).make()
 
     @cached_property
     def digest(self) -> str:

@@ -19,9 +19,10 @@ from rst_jax.data.sources import Split
 from rst_jax.data.stream import EncodedImages, prefetched
 from rst_jax.runtime import preemption
 from rst_jax.runtime.mesh import make_rows, on_cpu, replicate
+from rst_jax.runtime.progress import Say, progress
 from rst_jax.threat import ThreatModel
 from rst_jax.training.checkpoint import RunCheckpoints
-from rst_jax.training.metrics import MetricsWriter, Say, means, progress
+from rst_jax.training.metrics import MetricsWriter, means
 from rst_jax.training.state import TicketState, make_optimizer, make_schedule
 from rst_jax.training.step import Settings, Trainable, make_train_step
 

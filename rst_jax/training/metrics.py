@@ -4,35 +4,16 @@ Training metrics are sums over examples (loss, correct, count), so that they add
 """
 
 import json
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from rst_jax.records import write_text
-from rst_jax.runtime.mesh import is_main
+from rst_jax.runtime.files import read_lines, write_text
 
 
 def means(sums: dict[str, Any]) -> dict[str, float]:
     """Loss and adversarial accuracy of the summed examples."""
     count = max(float(sums["count"]), 1.0)
     return {"loss": float(sums["loss"]) / count, "adversarial_accuracy": float(sums["correct"]) / count}
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line cut off by a kill is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 class MetricsWriter:
@@ -82,31 +63,3 @@ class MetricsWriter:
         if self._events is not None:
             self._events.close()
             self._events = None
-
-
-def progress(total: int, initial: int, label: str, unit: str) -> tqdm:
-    """A bar with rate and time left on a terminal, nothing elsewhere."""
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=label,
-        unit=unit,
-        disable=not (is_main() and sys.stderr.isatty()),
-        dynamic_ncols=True,
-        leave=False,
-    )
-
-
-Say = Callable[[str], None]
-
-
-def make_say(active: bool = True) -> Say:
-    """Prints a line for a person, with the seconds since now; nothing when not active."""
-    start = time.monotonic()
-
-    def say(text: str) -> None:
-        if active:
-            tqdm.write(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stdout)
-            sys.stdout.flush()
-
-    return say

@@ -11,7 +11,7 @@ import pytest
 
 from rst_jax.cli.commands import _fraction
 from rst_jax.main import run_command
-from rst_jax.records import read_arrays
+from rst_jax.runtime.files import read_arrays
 
 TICKET = str(next((Path(__file__).parents[2] / "zoo").glob("digits-*-0.3-*.ticket")))
 DIGITS = ("--dataset", "digits", "--eps", "0.12")

@@ -15,8 +15,9 @@ import pytest
 
 import rst_jax
 from rst_jax.evaluation.suites import ATTACKS, make_rows
-from rst_jax.records import CardRecord, read_arrays, read_json
+from rst_jax.records import CardRecord, read_json
 from rst_jax.reports.card_page import write_card_page
+from rst_jax.runtime.files import read_arrays
 from rst_jax.threat import ThreatModel
 from tests.drawing import IMAGES as TICKET_IMAGES
 from tests.drawing import draw

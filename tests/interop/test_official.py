@@ -12,7 +12,7 @@ import torch
 from rst_jax import subnet
 from rst_jax.attacks import pgd
 from rst_jax.interop import from_official
-from rst_jax.models import make_model
+from rst_jax.models import ModelSpec
 from rst_jax.threat import ThreatModel
 from rst_jax.training.state import TicketState
 from rst_jax.training.step import Settings, make_update
@@ -31,7 +31,9 @@ def trace(request, tmp_path):
         found = dict(np.load(Path(__file__).parents[1] / "golden" / f"official_{request.param}.npz"))
         entries = {k.removeprefix("start/"): torch.tensor(v) for k, v in found.items() if k.startswith("start/")}
         torch.save({"state_dict": entries, "epoch": 1}, tmp_path / "start.pth")
-        model = make_model("wrn10_1", 10, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), jnp.float64, jnp.float64)
+        model = ModelSpec("wrn10_1", 10, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)).make(
+            jnp.float64, jnp.float64
+        )
         yield model, from_official(tmp_path / "start.pth", model), found
 
 
@@ -109,7 +111,7 @@ def test_three_search_steps_and_pgd20(trace):
 def checkpoint(path, model_name, pattern_shape=lambda s: s, drop=(), extra=()):
     """A checkpoint in the released code's layout with random float32 values, made from our module's shapes."""
     rng = np.random.default_rng(0)
-    model = make_model(model_name, 10, (0.5,), (0.5,))
+    model = ModelSpec(model_name, 10, (0.5,), (0.5,)).make()
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
     entries = {}
     for p, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
@@ -173,4 +175,4 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
 
     (tmp_path / "code.pth").write_bytes(pickle.dumps(Code()))
     with pytest.raises(ValueError, match=r"code\.pth"):
-        from_official(tmp_path / "code.pth", make_model("wrn10_1", 10, (0.5,), (0.5,)))
+        from_official(tmp_path / "code.pth", ModelSpec("wrn10_1", 10, (0.5,), (0.5,)).make())

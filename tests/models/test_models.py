@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rst_jax.models import MODELS, layers, make_model
+from rst_jax.models import MODELS, ModelSpec, layers
 from rst_jax.models.layers import BatchNorm
 from rst_jax.training.state import init_variables
 
@@ -14,7 +14,7 @@ def shapes(model, image_shape=(32, 32, 3)):
 
 
 def make(name, classes=10):
-    return make_model(name, classes, (0.5,), (0.25,))
+    return ModelSpec(name, classes, (0.5,), (0.25,)).make()
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,14 @@ def test_every_network_gives_logits_and_has_kernels_alone(name):
 
 
 def test_logits_are_float32_when_computed_in_bfloat16():
-    model = make_model("resnet_digits", 10, (0.3,), (0.4,), dtype=jnp.bfloat16)
+    model = ModelSpec("resnet_digits", 10, (0.3,), (0.4,)).make(dtype=jnp.bfloat16)
     variables = init_variables(model, (8, 8, 1), jax.random.key(0))
     logits = model.apply({k: variables[k] for k in ("params", "batch_stats")}, jnp.ones((2, 8, 8, 1)), train=False)
     assert logits.dtype == jnp.float32
-    exact = make_model("resnet_digits", 10, (0.3,), (0.4,)).apply(
-        {k: variables[k] for k in ("params", "batch_stats")}, jnp.ones((2, 8, 8, 1)), train=False
+    exact = (
+        ModelSpec("resnet_digits", 10, (0.3,), (0.4,))
+        .make()
+        .apply({k: variables[k] for k in ("params", "batch_stats")}, jnp.ones((2, 8, 8, 1)), train=False)
     )
     np.testing.assert_allclose(logits, exact, atol=0.1)
 
@@ -84,7 +86,7 @@ def test_convolutions_in_parts_are_the_whole_one(monkeypatch):
 
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="resnet18"):
-        make_model("resnet17", 10, (0.0,), (1.0,))
+        ModelSpec("resnet17", 10, (0.0,), (1.0,)).make()
 
 
 def test_a_depth_that_is_no_wide_resnet_is_refused():
@@ -152,7 +154,7 @@ def test_conv_nets_flatten_channels_first():
 
 
 def test_init_variables_are_three_collections_that_follow_the_key():
-    model = make_model("resnet_digits", 10, (0.3,), (0.4,))
+    model = ModelSpec("resnet_digits", 10, (0.3,), (0.4,)).make()
     a, b, c = (init_variables(model, (8, 8, 1), jax.random.key(k), pattern="row") for k in (0, 0, 1))
     assert set(a) == {"params", "scores", "batch_stats"}
     assert jax.tree.structure(a["params"]) == jax.tree.structure(a["scores"])

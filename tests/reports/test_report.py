@@ -4,6 +4,7 @@ import numpy as np
 import rst_jax
 from rst_jax import records
 from rst_jax.reports.report import Results, read_results, table, write_report
+from rst_jax.runtime import files
 
 ATTACK = records.AttackRecord("PGD-20", "linf", 8 / 255, 20, 2 / 255, 1, 0)
 HERE = records.Provenance("now", "0", "r", {"jax": "0"}, "1 x cpu", "3")
@@ -48,7 +49,7 @@ def test_a_page_of_few_results_leaves_out_what_there_is_not(tmp_path):
 
 def test_a_workdirs_cards_are_sections_of_its_report(tmp_path):
     folder = tmp_path / "results"
-    records.write_json(folder / "ratio-0.1.json", ticket("ratio-0.1", 0.1, 5))
+    files.write_json(folder / "ratio-0.1.json", ticket("ratio-0.1", 0.1, 5))
     images, labels = np.full((4, 2, 2, 1), 0.5, np.float32), np.zeros(4, int)
     images[0] = 0.9  # stands
 

@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from rst_jax import subnet
-from rst_jax.models import make_model
+from rst_jax.models import ModelSpec
 from rst_jax.runtime.mesh import make_mesh
 from rst_jax.runtime.operations import has_convolution, operations, step_operations
 from rst_jax.threat import ThreatModel
@@ -159,7 +159,7 @@ def resnet18_by_hand():
 @pytest.mark.parametrize("batch", [1, 64])
 def test_resnet18(batch):
     """Also where layers run in parts of the batch on a CPU; nothing is computed."""
-    model = make_model("resnet18", 10, (0.5,) * 3, (0.25,) * 3)
+    model = ModelSpec("resnet18", 10, (0.5,) * 3, (0.25,) * 3).make()
     images = struct(batch, 32, 32, 3)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
     forward = operations(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, images)
@@ -171,7 +171,7 @@ def test_resnet18(batch):
 @pytest.mark.parametrize("unroll", [True, False])
 def test_the_formula_of_a_step_is_the_step(unroll):
     """All but the gradient for the image in the update, which no layer needs from the first one."""
-    model = make_model("resnet_digits", 10, (0.3,), (0.4,))
+    model = ModelSpec("resnet_digits", 10, (0.3,), (0.4,)).make()
     sgd = optax.sgd(0.1)
     v = jax.eval_shape(lambda: init_variables(model, (16, 16, 1), jax.random.key(0)))
     opt_state = jax.eval_shape(sgd.init, v["scores"])

@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
 import rst_jax
 from rst_jax import subnet
-from rst_jax.models import make_model
+from rst_jax.models import ModelSpec
 from rst_jax.tickets.ticket import Ticket, load_ticket
 from tests.drawing import IMAGES, SPEC, draw
 
@@ -47,7 +49,7 @@ def test_a_ticket_is_the_masked_module(drawn):
     ticket, v = draw()
     masks = subnet.masks(v["scores"], subnet.kept_counts(v["scores"], 0.1))
     variables = {"params": subnet.apply_masks(v["params"], masks), "batch_stats": ticket.batch_stats}
-    module = make_model("resnet_digits", 10, (0.3,), (0.4,))
+    module = ModelSpec("resnet_digits", 10, (0.3,), (0.4,)).make()
     np.testing.assert_allclose(ticket(IMAGES), module.apply(variables, IMAGES, train=False), rtol=1e-5, atol=1e-6)
 
 
@@ -77,7 +79,7 @@ def test_a_broken_ticket_is_named_and_left_alone(tmp_path, drawn):
         assert path.read_bytes() == damage
     with pytest.raises(ValueError, match="no such file"):
         load_ticket(tmp_path / "none.ticket")
-    with np.load(__file__.replace("test_ticket.py", "data/official_row.npz")) as other:
+    with np.load(Path(__file__).parents[1] / "golden" / "official_row.npz") as other:
         np.savez(path.with_suffix(".npz"), images=other["images"])
     with pytest.raises(ValueError, match="not a readable ticket"):
         load_ticket(path.with_suffix(".npz"))

@@ -1,6 +1,8 @@
 import json
 
-from rst_jax.training.metrics import MetricsWriter, make_say, means, progress, read_lines
+from rst_jax.runtime.files import read_lines
+from rst_jax.runtime.progress import make_say, progress
+from rst_jax.training.metrics import MetricsWriter, means
 
 
 def test_means_of_sums():
