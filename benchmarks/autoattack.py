@@ -33,15 +33,18 @@ from jax.sharding import PartitionSpec
 
 from rst_jax.attacks import autoattack
 from rst_jax.attacks.attack import Attack, Problem
+from rst_jax.config import PGDSettings
 from rst_jax.evaluation.cascade import Classifier, Driver, Row
 from rst_jax.evaluation.evidence import Evidence, Examples
+from rst_jax.initializers import init_variables
 from rst_jax.models.resnet import ResNet
 from rst_jax.records import provenance
 from rst_jax.runtime.files import read_arrays, write_arrays, write_json
 from rst_jax.runtime.mesh import AXIS, make_mesh, make_tree, replicate, split_cpu, split_rows
 from rst_jax.threat import ThreatModel
-from rst_jax.training.state import TicketState, init_variables
+from rst_jax.training.state import TicketState
 from rst_jax.training.step import Settings, make_update
+from rst_jax.training.target import Weights
 
 
 class SmallNet(nn.Module):
@@ -113,7 +116,7 @@ def trained(name: str, model: nn.Module, x: np.ndarray, y: np.ndarray) -> dict[s
     rng = np.random.default_rng(0)
     for epoch in range(EPOCHS[name]):
         radius = eps * min(2 * epoch / EPOCHS[name], 1)  # small networks learn nothing where it is whole at once
-        settings = Settings("params", ThreatModel(radius), 3, radius / 2, unroll=True)
+        settings = Settings(Weights(), ThreatModel(radius), PGDSettings(3, radius / 2), unroll=True)
         update = jax.jit(make_update(model, optimizer, settings))
         order = rng.permutation(len(x))
         for k in range(len(x) // size):

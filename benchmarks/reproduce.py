@@ -22,7 +22,7 @@ from typing import Any
 from rst_jax import records
 from rst_jax.experiments.run import name_of
 from rst_jax.runtime import files
-from rst_jax.tickets.ticket import load_ticket
+from rst_jax.tickets.file import load_ticket
 
 ROOT = Path(__file__).parent.parent
 # PGD-20 accuracy of ResNet-18 on CIFAR-10 by remaining ratio, as read off Fig. 1 of the paper, %.

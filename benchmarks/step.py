@@ -49,15 +49,18 @@ import optax
 from tqdm import tqdm
 
 from rst_jax import subnet
+from rst_jax.config import PGDSettings
 from rst_jax.data.pipeline import Images, augment, epoch_order, example_keys
+from rst_jax.initializers import init_variables
 from rst_jax.models import ModelSpec
 from rst_jax.records import provenance
 from rst_jax.runtime.files import write_json
 from rst_jax.runtime.mesh import make_mesh, on_cpu, replicate
 from rst_jax.runtime.operations import operations, step_operations
 from rst_jax.threat import ThreatModel
-from rst_jax.training.state import TicketState, init_variables
+from rst_jax.training.state import TicketState
 from rst_jax.training.step import Settings, make_train_step, make_update
+from rst_jax.training.target import Scores, Weights
 
 Run = Callable[[], Any]
 EPS, STEP, PADDING, EPOCH = 8 / 255, 2 / 255, 4, 50_000
@@ -112,7 +115,9 @@ class Ours:
         self.model: Any = ModelSpec(o.model, 10, MEAN, STD).make(dtype=jnp.dtype(o.compute))
         self.sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
         flat = on_cpu(self.mesh)
-        self.settings = Settings("scores", ThreatModel(EPS), o.pgd, STEP, crop_padding=PADDING, flip=True, unroll=flat)
+        self.settings = Settings(
+            Scores(), ThreatModel(EPS), PGDSettings(o.pgd, STEP), crop_padding=PADDING, flip=True, unroll=flat
+        )
         v = init_variables(self.model, images.shape[1:], jax.random.key(0))
         ids = jnp.arange(len(labels), dtype=jnp.int32)
         state = TicketState(jnp.int32(0), v["params"], v["scores"], v["batch_stats"], self.sgd.init(v["scores"]))
@@ -129,7 +134,7 @@ class Ours:
 
     def search(self, attack_steps: int) -> tuple[Run, float]:
         """The step with so many attack steps, and the seconds that it took to trace and compile."""
-        settings = dataclasses.replace(self.settings, attack_steps=attack_steps)
+        settings = dataclasses.replace(self.settings, attack=PGDSettings(attack_steps, STEP))
         many = self.steps > 1
         step = make_train_step(
             self.model, self.sgd, settings, self.mesh, batch_size=self.rows, rows=self.rows, many=many
@@ -164,7 +169,9 @@ class Ours:
             return optax.apply_updates(scores, updates), opt_state
 
         slow = optax.sgd(1e-9)  # the weights must move, or XLA drops their gradient
-        fixed = jax.jit(make_update(self.model, slow, Settings("params", threat, 0, 0.0)), donate_argnums=0)
+        fixed = jax.jit(
+            make_update(self.model, slow, Settings(Weights(), threat, PGDSettings(0, 0.0))), donate_argnums=0
+        )
         masks = jax.jit(subnet.masks)
         order = jax.jit(lambda epoch: epoch_order(jax.random.wrap_key_data(self.key), epoch, EPOCH))
         drawn, (images, labels, _), now = masks(s.scores, self.kept), batch(s.step), jnp.int32(1)

@@ -19,13 +19,16 @@ import jax.numpy as jnp
 import optax
 
 from rst_jax import subnet
+from rst_jax.config import PGDSettings
+from rst_jax.initializers import init_variables
 from rst_jax.models.resnet import ResNet
 from rst_jax.records import provenance
 from rst_jax.runtime.files import write_json
 from rst_jax.runtime.mesh import make_mesh, on_cpu
 from rst_jax.threat import ThreatModel
-from rst_jax.training.state import TicketState, init_variables
+from rst_jax.training.state import TicketState
 from rst_jax.training.step import Settings, make_update
+from rst_jax.training.target import Scores
 
 RATIOS = (0.05, 0.1, 0.3, 0.5)
 
@@ -36,7 +39,7 @@ def contenders(width: int, batch: int) -> dict[str, Callable[[], Any]]:
     sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
     v = init_variables(model, (8, 8, 1), jax.random.key(0))
     state = TicketState(jnp.int32(0), v["params"], v["scores"], v["batch_stats"], sgd.init(v["scores"]))
-    settings = Settings("scores", ThreatModel(0.12), 3, 0.05, unroll=on_cpu(make_mesh()))
+    settings = Settings(Scores(), ThreatModel(0.12), PGDSettings(3, 0.05), unroll=on_cpu(make_mesh()))
     update = make_update(model, sgd, settings)
     images = jax.random.uniform(jax.random.key(1), (batch, 8, 8, 1))
     labels = jnp.arange(batch, dtype=jnp.int32) % 10

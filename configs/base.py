@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     c = ConfigDict()
 
-    # What to do: "draw" = search every ratio, train the dense network, evaluate, cross, switch, report.
-    # Its parts: "search", "evaluate", "transfer" and "r2s" (each after evaluate), "report".
-    c.task = "draw"
+    # What to do, in this order: search every ratio, train the dense network, evaluate, cross, switch, make evaluation
+    # cards (where evaluate.card says so), report. A part needs those before it, in this run or an earlier one.
+    c.stages = ("search", "dense", "evaluate", "transfer", "r2s", "cards", "report")
     c.seed = 0  # of the weights, the scores, the data order and the attacks
 
     # The network and the subnetworks searched in it.

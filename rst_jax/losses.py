@@ -4,13 +4,14 @@ Margins, correctness and single logits are NumPy's where the logits are; losses 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rst_jax.arrays import Array, numpy_of
+Array = Any  # NumPy's or JAX's
 
 
 def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> jax.Array:
@@ -24,7 +25,7 @@ def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> jax.A
 
 def margin(logits: Array, labels: Array) -> Array:
     """z_y - max_{i != y} z_i: how far the label's logit is above the next; negative where it is not the largest."""
-    others = numpy_of(logits).where(one_hot(labels, logits), logits.dtype.type(-np.inf), logits)
+    others = logits.__array_namespace__().where(one_hot(labels, logits), logits.dtype.type(-np.inf), logits)
     with np.errstate(invalid="ignore"):  # inf - inf
         return at(logits, labels) - others.max(-1)
 
@@ -52,7 +53,7 @@ def targeted_dlr(logits: Array, labels: Array, targets: Array) -> jax.Array:
 
 def at(logits: Array, classes: Array) -> Array:
     """The logit of one class an example: [N] of [N, classes] and integers [N]."""
-    return numpy_of(logits).where(one_hot(classes, logits), logits, logits.dtype.type(0)).sum(-1)
+    return logits.__array_namespace__().where(one_hot(classes, logits), logits, logits.dtype.type(0)).sum(-1)
 
 
 def one_hot(classes: Array, logits: Array) -> Array:
@@ -70,4 +71,4 @@ def weighed(logits: Array, weights: Sequence[float]) -> jax.Array:
 
 def correct(logits: Array, labels: Array) -> Array:
     """Whether the largest logit (the first of equals) is the label's: bool [N]; what is not finite is never right."""
-    return (logits.argmax(-1).astype(labels.dtype) == labels) & numpy_of(logits).isfinite(logits).all(-1)
+    return (logits.argmax(-1).astype(labels.dtype) == labels) & logits.__array_namespace__().isfinite(logits).all(-1)

@@ -1,6 +1,6 @@
 """The command: `python -m rst_jax.main --config=configs/digits.py --workdir=runs/digits`.
 
-It draws tickets and measures them, or does one part of that (`--config.task`). Started again on the same workdir it
+It draws tickets and measures them, or does parts of that (`--config.stages`). Started again on the same workdir it
 goes on where it stopped. Exit codes: 0 done; 1 the run failed; 2 the command, the configuration or the data
 are not right, and nothing was touched; 75 stopped before the end, by SIGTERM or because another process was lost, and
 the same command goes on.
@@ -15,32 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from rst_jax import config as config_lib
 from rst_jax.cli import commands
-from rst_jax.evaluation.accuracy import ticket_record
-from rst_jax.evaluation.card import measure
-from rst_jax.evaluation.cascade import Driver
-from rst_jax.evaluation.classifier import of_ticket
-from rst_jax.experiments import search
-from rst_jax.experiments.run import Run, claimed, name_of
-from rst_jax.experiments.transfer import Crossed, cross, transfer_record
+from rst_jax.experiments.draw import draw
+from rst_jax.experiments.run import Run
 from rst_jax.planning import plan
-from rst_jax.reports.report import read_results, table, write_report
 from rst_jax.runtime import preemption
-from rst_jax.runtime.files import write_arrays, write_json
+from rst_jax.runtime.files import write_json
 from rst_jax.runtime.progress import make_say
-from rst_jax.tickets.r2s import load_r2s, r2s_record
-from rst_jax.tickets.ticket import Ticket
 
 _USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 
   --config            a file in configs/; configs/base.py explains every field
   --workdir           where everything is written (default: runs/<name of the config>)
-  --config.task       draw (default) | search | evaluate | transfer | r2s | report
+  --config.stages     which parts: search, dense, evaluate, transfer, r2s, cards, report (default: all)
   evaluate, show      as the first word: an evaluation card of a ticket, and a look at one; see evaluate --help
   plan                as the first word: what the configuration will cost on TPUs or GPUs; see plan --help
   --coordinator, --num_processes, --process_id
@@ -80,7 +71,7 @@ def run_command(argv: list[str]) -> int:
         say = make_say(jax.process_index() == 0)
         run = Run(config, workdir, say)
         run.check_init()
-        with claimed(workdir, run):
+        with run.claim.held():
             return _work(run)
     except (ValueError, OSError) as error:
         return _fail(error, 2)
@@ -145,112 +136,6 @@ def _fail(error: Any, code: int) -> int:
     return code
 
 
-def draw(run: Run) -> None:
-    """The parts that `config.task` asks for, in order."""
-    task = run.config.task
-    if task in ("draw", "search"):
-        search.search(run)
-    if task == "search":
-        return
-    if task != "report":
-        tickets = run.tickets()
-        run.say("evaluating on the test images")
-        crossed = cross(run.evaluator, tickets, run.dataset, run.workdir / "results" / "flags")
-        _evaluate(run, tickets, crossed)
-        if task in ("draw", "transfer"):
-            _transfer(run, tickets, crossed)
-        if task in ("draw", "r2s"):
-            _switch(run, tickets, crossed)
-        _gallery(run, tickets, crossed)
-        if run.config.evaluate.card != "pgd":
-            _cards(run, tickets)
-    if run.is_main:
-        names = [name_of(r) for r in sorted(run.config.remaining_ratios)] + ["dense"]
-        results = read_results(run.workdir, names)
-        page = write_report(run.workdir, results)
-        print(f"\n{table(results)}\n\nreport: {page}")
-
-
-def _evaluate(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
-    for i, ticket in enumerate(tickets):
-        record = ticket_record(
-            ticket, run.evaluator.attack_record, crossed.natural[i], crossed.robust[i, i], crossed.violations[i]
-        )
-        _keep(run, ticket.meta["name"], record)
-
-
-def _keep(run: Run, name: str, record: Any) -> None:
-    if run.is_main:
-        write_json(run.workdir / "results" / f"{name}.json", record)
-
-
-def _drawn(tickets: list[Ticket]) -> list[Ticket]:
-    return [t for t in tickets if t.meta["name"] != "dense"]
-
-
-def _transfer(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
-    _keep(run, "transfer", transfer_record(crossed, _drawn(tickets), run.evaluator))
-
-
-def _switch(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
-    defence = load_r2s(run.workdir / "checkpoints" / "tickets")
-    by_name = {t.meta["name"]: t for t in defence.tickets}
-    drawn = _drawn(tickets)
-    for ticket in drawn:
-        stored = by_name.get(ticket.meta["name"])
-        if stored is None or stored.digest != ticket.digest:
-            raise ValueError(
-                f"{run.workdir}: {ticket.meta['name']} is not the same in tickets/ and checkpoints/tickets; "
-                "run --config.task=search, which writes the latter again."
-            )
-    record = r2s_record(crossed, drawn, np.full(len(drawn), 1 / len(drawn)), run.evaluator)
-    _keep(run, "r2s", record)
-
-
-def _gallery(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
-    """A few test images and their adversarial ones for the most robust ticket, for the report."""
-    best = max(range(len(_drawn(tickets))), key=lambda i: tickets[i].meta["selection_robust"])
-    adversarial = crossed.shown[best]
-    split = run.dataset.test.take(crossed.shown_index[best])
-    clean = run.dataset.scaled(split)
-    said = [np.argmax(run.evaluator.logits(tickets[best].variables, x), -1) for x in (clean, adversarial)]
-    if run.is_main:
-        arrays = {
-            "clean": clean,
-            "adversarial": adversarial,
-            "labels": split.labels,
-            "clean_prediction": said[0],
-            "adversarial_prediction": said[1],
-            "names": np.asarray(run.dataset.class_names),
-            "ticket": np.asarray(tickets[best].meta["name"]),
-        }
-        write_arrays(run.workdir / "results" / "gallery.npz", arrays)
-
-
-def _cards(run: Run, tickets: list[Ticket]) -> None:
-    """The evaluation card of every ticket; programs are shared between them."""
-    c, data = run.config, run.dataset
-    images, test = data.scaled(data.test), data.test
-    driver = Driver(run.mesh, c.evaluate.batch_size, run.key("evaluate"))
-    for ticket in tickets:
-        name = ticket.meta["name"]
-        run.say(f"{name}: the {c.evaluate.card} card")
-        card = measure(
-            driver,
-            of_ticket(ticket),
-            images,
-            test.labels,
-            test.ids,
-            run.evaluator.threat,
-            attacks=c.evaluate.card,
-            folder=run.workdir / "results" / "cards" / f"{name}-{c.evaluate.card}",
-            name=name,
-            subject_digest=ticket.digest,
-            dataset=c.dataset,
-        )
-        run.say(f"{name}: {card.record.verdict}")
-
-
 def _parse(argv: list[str]) -> tuple[config_lib.Config, dict[str, Any]]:
     """The checked configuration and the other options of a command line.
 
@@ -266,7 +151,7 @@ def _parse(argv: list[str]) -> tuple[config_lib.Config, dict[str, Any]]:
     for argument in rest:
         field = argument.lstrip("-").split("=", 1)[0]
         if field.startswith("config.") and field.removeprefix("config.") not in config_lib.field_names():
-            raise ValueError(config_lib.unknown_field(field.removeprefix("config."), config_lib.field_names()))
+            raise ValueError(config_lib.unknown_field(field.removeprefix("config.")))
     rest = [_FRACTION.sub(_divided, argument) for argument in rest]
     values = flags.FlagValues()
     config_flag = config_flags.DEFINE_config_dict(

@@ -1,16 +1,31 @@
 """The threat model: a norm, a radius and the pixel box; random starts, steepest ascent, projection, distance.
 
-All but the noise works on NumPy's arrays too.
+All but the noise works by the same lines on arrays of examples [N, ...] of NumPy, on the host, and of JAX, in programs;
+a result is of the kind of the arguments.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
-from rst_jax.arrays import Array, l2_norm, numpy_of, per_example, pixels
-
+Array = Any  # NumPy's or JAX's
 _ROUNDING = 1e-6  # of float32 images, over the largest value of the box or 1
+
+
+def per_example(values: Array, like: Array) -> Array:
+    """[N] as [N, 1, ...], to go with an array [N, ...]."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def l2_norm(x: Array) -> Array:
+    """The Euclidean norm of each example: [N] of [N, ...]."""
+    return x.__array_namespace__().sqrt((x * x).sum(axis=pixels(x)))
+
+
+def pixels(x: Array) -> tuple[int, ...]:
+    """The axes of [N, ...] but the first; on a CPU, sums over them all are quicker than over one long axis."""
+    return tuple(range(1, x.ndim))
 
 
 def ball(drawn: Array, like: Array) -> Array:
@@ -54,7 +69,7 @@ class ThreatModel:
 
     def steepest(self, gradient: Array) -> Array:
         """The unit step along which a linear function grows fastest: sign, or the gradient over its norm."""
-        return numpy_of(gradient).sign(gradient) if self.norm == "linf" else self.unit(gradient)
+        return gradient.__array_namespace__().sign(gradient) if self.norm == "linf" else self.unit(gradient)
 
     def unit(self, x: Array) -> Array:
         """x over its norm: [N, ...] of norm one each (zero stays zero)."""
@@ -72,7 +87,7 @@ class ThreatModel:
         """Into the ball around `images`, then into the box (the images lie in it, so the ball is not left again)."""
         if self.norm == "linf":
             return self.clip(adversarial.clip(images - self.eps, images + self.eps))
-        delta, xp = adversarial - images, numpy_of(adversarial)
+        delta, xp = adversarial - images, adversarial.__array_namespace__()
         shrink = xp.minimum(1.0, self.eps / xp.maximum(l2_norm(delta), 1e-12)).astype(delta.dtype)
         return self.clip(images + delta * per_example(shrink, delta))
 

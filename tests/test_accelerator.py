@@ -13,14 +13,18 @@ from jax.sharding import Mesh
 
 from rst_jax import subnet
 from rst_jax.attacks import APGD, FAB, Square
+from rst_jax.config import PGDSettings
 from rst_jax.data.pipeline import Images
+from rst_jax.evaluation.accuracy import make_attack_step, make_predict_step
 from rst_jax.evaluation.cascade import Classifier, Driver, Row
 from rst_jax.evaluation.evidence import Examples
+from rst_jax.initializers import init_variables
 from rst_jax.models import ModelSpec
 from rst_jax.runtime.mesh import make_mesh, replicate
 from rst_jax.threat import ThreatModel
-from rst_jax.training.state import TicketState, init_variables
-from rst_jax.training.step import Settings, make_attack_step, make_predict_step, make_train_step
+from rst_jax.training.state import TicketState
+from rst_jax.training.step import Settings, make_train_step
+from rst_jax.training.target import Scores
 
 N, BATCH, STEPS = 48, 16, 3
 THREAT = ThreatModel(8 / 255)
@@ -48,7 +52,9 @@ def start(dtype):
 def searched(place, attack_steps, dtype):
     """The state after three steps."""
     mesh, v = mesh_of(place), start(dtype)
-    settings = Settings("scores", THREAT, attack_steps, 2 / 255, crop_padding=2, flip=True, unroll=place == "cpu")
+    settings = Settings(
+        Scores(), THREAT, PGDSettings(attack_steps, 2 / 255), crop_padding=2, flip=True, unroll=place == "cpu"
+    )
     many = place != "cpu"
     step = make_train_step(network(dtype), SGD, settings, mesh, batch_size=BATCH, rows=BATCH, many=many)
     state = TicketState(np.int32(0), v["params"], v["scores"], v["batch_stats"], SGD.init(v["scores"]))
@@ -105,7 +111,7 @@ def test_pgd_20_and_predictions_are_the_cpus_in_float32():
         for place in ("default", "cpu"):
             mesh, model = mesh_of(place), network(jnp.float32)
             placed, predict = replicate(variables, mesh), make_predict_step(model, mesh)
-            attack = make_attack_step(model, THREAT, mesh, steps=20, step_size=2 / 255, unroll=place == "cpu")
+            attack = make_attack_step(model, THREAT, PGDSettings(20, 2 / 255), mesh, unroll=place == "cpu")
             adversarial = attack(placed, images, LABELS, IDS, key)
             assert not np.asarray(THREAT.violations(np.asarray(adversarial), images)).any()
             logits.append(np.asarray(predict(placed, images)))

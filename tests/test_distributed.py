@@ -16,7 +16,7 @@ import pytest
 
 from rst_jax.reports.card_table import load_card
 from rst_jax.runtime.files import read_arrays, read_lines
-from rst_jax.tickets.ticket import load_ticket
+from rst_jax.tickets.file import load_ticket
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -64,7 +64,7 @@ def final_state(workdir):
 
     folder = next((workdir / "checkpoints" / "ratio-0.3" / "latest").iterdir())
     with ocp.PyTreeCheckpointer() as checkpointer:  # as NumPy arrays: the devices that saved it are not here
-        saved = checkpointer.metadata(folder / "state").item_metadata.tree
+        saved = checkpointer.origindata(folder / "state").item_metadata.tree
         as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         tree = checkpointer.restore(folder / "state", restore_args=as_arrays)
     return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -80,7 +80,7 @@ def test_two_processes_are_one_process_of_two_devices(tmp_path):
     assert "report:" not in outs[1]
     tickets = [load_ticket(tmp_path / w / "tickets" / "ratio-0.3.ticket") for w in ("one", "two")]
     assert tickets[0].digest == tickets[1].digest
-    assert tickets[0].meta == tickets[1].meta
+    assert tickets[0].origin == tickets[1].origin
     flags = [np.load(tmp_path / w / "results" / "flags" / "ratio-0.3.npz") for w in ("one", "two")]
     for name in ("natural", "robust", "violations"):
         np.testing.assert_array_equal(flags[0][name], flags[1][name])

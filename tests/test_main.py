@@ -13,8 +13,8 @@ import pytest
 
 from rst_jax import records
 from rst_jax.main import run_command
+from rst_jax.tickets.file import load_ticket
 from rst_jax.tickets.r2s import load_r2s
-from rst_jax.tickets.ticket import load_ticket
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -153,7 +153,7 @@ def test_killed_and_started_again_it_ends_bit_identical(finished, environment, t
             np.testing.assert_array_equal(a[path], b[path], err_msg=path)
         tickets = [load_ticket(w / "tickets" / f"{name}.ticket") for w in (whole, workdir)]
         assert tickets[0].digest == tickets[1].digest
-        assert tickets[0].meta == tickets[1].meta
+        assert tickets[0].origin == tickets[1].origin
 
     def rows(w):
         return [json.loads(line) for line in (w / "metrics.jsonl").read_text().splitlines()]
@@ -290,13 +290,13 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, capsys, monk
 
 def test_a_part_without_what_it_needs_says_so_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for task in ("evaluate", "report"):
-        workdir = tmp_path / task
+    for stage in ("evaluate", "report"):
+        workdir = tmp_path / stage
         code = run_command(
-            ["main", *TINY, f"--workdir={workdir}", f"--config.task={task}", "--config.compilation_cache="]
+            ["main", *TINY, f"--workdir={workdir}", f"--config.stages=('{stage}',)", "--config.compilation_cache="]
         )
         assert code == 2
-        assert "holds no run; start with --config.task=draw" in capsys.readouterr().err
+        assert "holds no run yet" in capsys.readouterr().err
         assert not workdir.exists()
 
 
@@ -339,7 +339,7 @@ def test_a_draw_can_end_with_the_whole_card(environment, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Evaluation card" not in (workdir / "report" / "index.html").read_text()
-    more = [*few, "--config.evaluate.card=full", "--config.task=evaluate"]
+    more = [*few, "--config.evaluate.card=full", "--config.stages=('evaluate','cards','report')"]
     done = subprocess.run(
         command(workdir, *more), env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )

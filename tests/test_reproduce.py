@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import reproduce
-from rst_jax.tickets.ticket import load_ticket
+from rst_jax.tickets.file import load_ticket
 
 ROOT = Path(__file__).parent.parent
 

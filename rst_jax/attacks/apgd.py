@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.arrays import Array, per_example
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent, normal, uniform
 from rst_jax.losses import cross_entropy, dlr, margin, targeted_dlr
+from rst_jax.threat import Array, per_example
 
 _KNEE = 10.0  # a margin from which cross-entropy is taken of colder logits; float32 loses the label's part at 17
 

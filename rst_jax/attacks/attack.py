@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rst_jax.arrays import Array, per_example, pixels
 from rst_jax.losses import correct, margin
-from rst_jax.threat import ThreatModel
+from rst_jax.threat import Array, ThreatModel, per_example, pixels
 
 LogitsFn = Callable[[jax.Array], jax.Array]
 

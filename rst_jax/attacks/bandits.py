@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.arrays import Array, l2_norm, per_example
 from rst_jax.attacks.attack import Attack, Found, Problem, step_keys
 from rst_jax.losses import cross_entropy
+from rst_jax.threat import Array, l2_norm, per_example
 
 
 class BanditsState(NamedTuple):

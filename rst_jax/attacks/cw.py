@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.arrays import Array, l2_norm, per_example
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import correct, margin
-from rst_jax.threat import ThreatModel
+from rst_jax.threat import Array, ThreatModel, l2_norm, per_example
 
 _INSIDE = 0.999999  # the clean image is drawn in by so much, since the edge of the box is at infinity
 _DECAY = (0.9, 0.999)  # Adam's

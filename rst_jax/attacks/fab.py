@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rst_jax.arrays import Array, l2_norm, per_example, pixels
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import at, correct
-from rst_jax.threat import ThreatModel
+from rst_jax.threat import Array, ThreatModel, l2_norm, per_example, pixels
 
 _SETTLED = 64  # Newton steps at most; a handful is usual
 

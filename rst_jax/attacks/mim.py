@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.arrays import Array, per_example, pixels
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import cross_entropy
+from rst_jax.threat import Array, per_example, pixels
 
 
 class MIMState(NamedTuple):

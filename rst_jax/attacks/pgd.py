@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rst_jax.arrays import Array, per_example
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent, normal, uniform
+from rst_jax.config import PGDSettings
 from rst_jax.losses import correct, cross_entropy, margin
-from rst_jax.threat import ThreatModel, ball
+from rst_jax.threat import Array, ThreatModel, ball, per_example
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -29,9 +29,8 @@ def pgd(
     images: jax.Array,
     labels: jax.Array,
     threat: ThreatModel,
+    settings: PGDSettings,
     *,
-    steps: int,
-    step_size: float,
     start: jax.Array | None = None,
     loss: Loss = cross_entropy,
     rest_when_broken: bool = False,
@@ -40,7 +39,7 @@ def pgd(
 ) -> Any:
     """Adversarial images for a classifier.
 
-    Each step moves the images by `step_size` along the steepest ascent of the loss and projects them into the
+    Each step moves the images by its size along the steepest ascent of the loss and projects them into the
     threat model. Only the images are differentiated.
 
     Args:
@@ -49,8 +48,7 @@ def pgd(
       images: [N, ...] in the threat model's box.
       labels: [N] integers.
       threat: norm, eps, box.
-      steps: gradient steps.
-      step_size: in image units.
+      settings: steps and their size; the start and the loss are the caller's.
       start: noise [N, ...] added (and projected) before the first step; see `ThreatModel.noise`.
       loss: (logits, labels) to [N], to be increased.
       rest_when_broken: an example stays where it is once it is misclassified.
@@ -68,17 +66,19 @@ def pgd(
 
     def step(adversarial: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         gradient, (standing, memory) = jax.grad(objective, has_aux=True)(adversarial, memory)
-        moved = threat.ascend(adversarial, gradient, step_size, images)
+        moved = threat.ascend(adversarial, gradient, settings.step_size, images)
         if rest_when_broken:
             moved = jnp.where(per_example(standing, images), moved, adversarial)
         return moved, memory
 
     adversarial = images if start is None else threat.project(images + start, images)
     if unroll:
-        for _ in range(steps):
+        for _ in range(settings.steps):
             adversarial, memory = step(adversarial, memory)
     else:
-        (adversarial, memory), _ = lax.scan(lambda carry, _: (step(*carry), None), (adversarial, memory), None, steps)
+        (adversarial, memory), _ = lax.scan(
+            lambda carry, _: (step(*carry), None), (adversarial, memory), None, settings.steps
+        )
     return (adversarial, memory) if stateful else adversarial
 
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.arrays import Array, l2_norm, numpy_of, per_example
 from rst_jax.attacks.attack import Attack, Found, Problem, uniform
 from rst_jax.losses import margin
+from rst_jax.threat import Array, l2_norm, per_example
 
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
 
@@ -132,7 +132,7 @@ def _exchanged(
 
 def _signs(u: Array) -> Array:
     """-1 or 1, evenly, of uniform draws from [0, 1)."""
-    xp = numpy_of(u)
+    xp = u.__array_namespace__()
     return xp.where(u < 0.5, xp.int8(-1), xp.int8(1))
 
 

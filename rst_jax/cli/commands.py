@@ -16,8 +16,9 @@ from rst_jax.reports.card_table import load_card, table
 from rst_jax.runtime import preemption
 from rst_jax.runtime.mesh import split_cpu
 from rst_jax.threat import ThreatModel
+from rst_jax.tickets.file import load_ticket
 from rst_jax.tickets.r2s import load_r2s
-from rst_jax.tickets.ticket import Ticket, load_ticket
+from rst_jax.tickets.ticket import Ticket
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,7 +62,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     split_cpu()
     ticket = _ticket(o.ticket, o.name)
     if o.replay:
-        print(f"{ticket.meta.get('name', 'ticket')} ({ticket.digest[:12]}) on the images of {o.replay}:")
+        print(f"{ticket.name} ({ticket.digest[:12]}) on the images of {o.replay}:")
         for row, (right, n) in replay(ticket, o.replay).items():
             print(f"{row}: {100 * right:.1f} % of {n:,}")
         return
@@ -79,7 +80,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         raise ValueError(
             f"the ticket takes images {list(ticket.image_shape)}; {o.dataset} has {list(images.shape[1:])}."
         )
-    stem = ticket.meta.get("name", "ticket")
+    stem = ticket.name
     asked = [stem, ticket.digest[:8], o.dataset, o.attacks.replace(",", "+"), o.norm, f"{o.eps:.4g}"]
     asked += [f"first{o.examples}"] * bool(o.examples) + [f"seed{o.seed}"] * bool(o.seed) + ["faithful"] * o.faithful
     out = Path(o.out or f"cards/{'-'.join(asked)}")
@@ -130,7 +131,7 @@ def _ticket(path: str, name: str) -> Ticket:
     if not folder.is_dir():
         return load_ticket(path)
     drawn = sorted((folder / "tickets").glob("*.ticket"))
-    there = {t.meta["name"]: t for t in (map(load_ticket, drawn) if drawn else load_r2s(path).tickets)}
+    there = {t.name: t for t in (map(load_ticket, drawn) if drawn else load_r2s(path).tickets)}
     if name not in there:
         got = f"there is no {name!r}" if name else "it holds several tickets"
         raise ValueError(f"{path}: {got}; take --name with one of {', '.join(there)}.")

@@ -6,7 +6,7 @@ precision; the evaluator checks the ball and the box itself, and an image outsid
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rst_jax.config import Config
+from rst_jax.attacks import pgd
+from rst_jax.config import Config, PGDSettings
 from rst_jax.data import Dataset, Split, prefetched
+from rst_jax.data.pipeline import example_keys
 from rst_jax.losses import correct
 from rst_jax.records import PRECISION, AttackRecord, TicketRecord, accuracy, provenance
 from rst_jax.runtime.mesh import AXIS, fetch, on_cpu, replicate, split_rows
 from rst_jax.runtime.progress import progress
 from rst_jax.threat import ThreatModel
 from rst_jax.tickets.ticket import Ticket
-from rst_jax.training.step import make_attack_step, make_predict_step
 
 Tree = Any
 _AHEAD = 2  # batches read before they are needed
@@ -57,14 +58,14 @@ class Evaluator:
     """
 
     def __init__(self, model: nn.Module, config: Config, mesh: Mesh, key: np.ndarray):
-        self.mesh, self.key, self.threat = mesh, key, ThreatModel(config.threat.eps, config.threat.norm)
+        self.mesh, self.key, self.threat = mesh, key, config.threat
         e = config.evaluate
         self.batch_size = -(-e.batch_size // mesh.size) * mesh.size
         self.attack_record = AttackRecord(
-            f"PGD-{e.steps}", config.threat.norm, config.threat.eps, e.steps, e.step_size, 1, config.seed
+            f"PGD-{e.steps}", config.threat.norm, float(config.threat.eps), e.steps, e.step_size, 1, config.seed
         )
         unroll = config.unroll == "unroll" or (config.unroll == "auto" and on_cpu(mesh))
-        self._attack = make_attack_step(model, self.threat, mesh, steps=e.steps, step_size=e.step_size, unroll=unroll)
+        self._attack = make_attack_step(model, self.threat, e.pgd, mesh, unroll=unroll)
         self._predict = make_predict_step(model, mesh)
         self._check = jax.jit(self._checked, out_shardings=NamedSharding(mesh, PartitionSpec(AXIS)))
 
@@ -130,7 +131,7 @@ def ticket_record(
     """The record of a ticket from its per-example flags on the test images, bool [N] each."""
     kept, total = ticket.weight_counts
     return TicketRecord(
-        name=ticket.meta["name"],
+        name=ticket.name,
         remaining_ratio=ticket.remaining_ratio,
         weights_kept=kept,
         weights_total=total,
@@ -138,12 +139,53 @@ def ticket_record(
         robust=accuracy(robust),
         violations=violations,
         attack=attack,
-        dataset=ticket.meta["dataset"],
-        model=ticket.model["name"],
+        dataset=ticket.origin.dataset,
+        model=ticket.model.name,
         precision=PRECISION,
-        selected_on=ticket.meta["selected_on"],
-        best_epoch=ticket.meta["epoch"],
-        seed=ticket.meta["seed"],
+        selected_on=ticket.origin.selected_on,
+        best_epoch=ticket.origin.epoch,
+        seed=ticket.origin.seed,
         digest=ticket.digest,
         provenance=provenance(),
+    )
+
+
+def make_attack_step(
+    model: nn.Module, threat: ThreatModel, settings: PGDSettings, mesh: Mesh, *, unroll: bool
+) -> Callable[..., jax.Array]:
+    """Compiled PGD on a trained network: `attack(variables, images, labels, ids, key) -> adversarial images`.
+
+    One uniform start an example, from its id; an example rests once it is misclassified (paper). The variables
+    are replicated, the rest is split by rows over the mesh; padding rows may hold anything.
+    """
+
+    def attack(variables: Tree, images: jax.Array, labels: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
+        noise = threat.noise(example_keys(jax.random.wrap_key_data(key), ids), images)
+        return pgd(
+            lambda x: model.apply(variables, x, train=False),
+            images,
+            labels,
+            threat,
+            settings=settings,
+            start=noise,
+            rest_when_broken=True,
+            unroll=unroll,
+        )
+
+    rows, replicated = PartitionSpec(AXIS), PartitionSpec()
+    specs = (replicated, rows, rows, rows, replicated)
+    return jax.jit(jax.shard_map(attack, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False))
+
+
+def make_predict_step(model: nn.Module, mesh: Mesh) -> Callable[..., jax.Array]:
+    """Compiled logits of a trained network: `predict(variables, images) -> [N, classes]`, split by rows."""
+    rows, replicated = PartitionSpec(AXIS), PartitionSpec()
+    return jax.jit(
+        jax.shard_map(
+            lambda variables, images: model.apply(variables, images, train=False),
+            mesh=mesh,
+            in_specs=(replicated, rows),
+            out_specs=rows,
+            check_vma=False,
+        )
     )

@@ -10,9 +10,6 @@ finished row and, until it is finished, its batches, from which the same call go
 
 import contextlib
 import dataclasses
-import itertools
-import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,8 +28,8 @@ from rst_jax.losses import correct
 from rst_jax.records import PRECISION, CardRecord, Check, Curve, RowRecord, Sweep, accuracy, digest, provenance
 from rst_jax.reports.card_table import table
 from rst_jax.runtime.files import read_arrays, write_arrays, write_json
-from rst_jax.runtime.mesh import is_main, make_mesh, on_main
-from rst_jax.runtime.workdir import hold, read_record, refuse_foreign
+from rst_jax.runtime.mesh import is_main, make_mesh
+from rst_jax.runtime.workdir import Claim
 from rst_jax.threat import ThreatModel
 from rst_jax.tickets.ticket import Ticket
 
@@ -147,7 +144,7 @@ def evaluate(
         eps_l2=eps_l2,
         folder=None if folder is None else Path(folder),
         keep_images=keep_images,
-        name=subject or (logits_fn.meta.get("name", "ticket") if isinstance(logits_fn, Ticket) else "logits_fn"),
+        name=subject or (logits_fn.name if isinstance(logits_fn, Ticket) else "logits_fn"),
         subject_digest=logits_fn.digest if isinstance(logits_fn, Ticket) else "",
         dataset=dataset,
     )
@@ -201,9 +198,7 @@ def measure(
         "mode": mode,
         "seed": seed,
     }
-    with contextlib.ExitStack() as held:
-        if folder:
-            on_main(partial(_claim, folder, question, held))
+    with _claim(folder, question) if folder else contextlib.nullcontext():
 
         def run(row: Row, name: str) -> Evidence:
             return driver.run(row, classifier, examples, folder / "rows" / name if folder else None)
@@ -307,34 +302,6 @@ def _row_record(row: Row, e: Evidence, examples: Examples) -> RowRecord:
     )
 
 
-def _claim(folder: Path, question: dict[str, Any], held: contextlib.ExitStack) -> None:
+def _claim(folder: Path, question: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
     """Hold a folder for this evaluation, or refuse it where it holds another."""
-    path, called = folder / "question.json", str(folder)
-    question = json.loads(json.dumps(question))
-    refuse_foreign(folder, path.name, called, "evaluation")
-    hold(folder, called, "folder", held)
-    before = read_record(path, "folder")
-    if before is None:
-        write_json(path, question)
-        return
-    changed = [
-        "{} was {}, now {}".format(name, *map(_short, _first_apart(before.get(name), now)))
-        for name, now in question.items()
-        if before.get(name) != now
-    ]
-    if changed:
-        raise ValueError(f"{folder} belongs to another evaluation: {'; '.join(changed)}. Take a new folder.")
-
-
-def _first_apart(before: Any, now: Any) -> tuple[Any, Any]:
-    """The first entries in which two nested lists differ; None where one has no more."""
-    while isinstance(before, list) and isinstance(now, list):
-        before, now = next(pair for pair in itertools.zip_longest(before, now) if pair[0] != pair[1])
-    return before, now
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return _short(value[0]) + ", ..." * (len(value) > 1)
-    text = "nothing" if value is None else str(value)
-    return f"{text[:12]}..." if re.fullmatch("[0-9a-f]{64}", text) else text
+    return Claim(folder, "question.json", question, str(folder), "evaluation", "folder").held()

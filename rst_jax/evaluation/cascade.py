@@ -27,7 +27,6 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from rst_jax.arrays import pixels
 from rst_jax.attacks.attack import Attack, Problem
 from rst_jax.evaluation.evidence import Evidence, Examples
 from rst_jax.evaluation.programs import Apply, Fixed, Programs
@@ -36,7 +35,7 @@ from rst_jax.runtime import preemption
 from rst_jax.runtime.files import read_arrays, write_arrays
 from rst_jax.runtime.mesh import fetch, from_main, is_main, make_tree, replicate, split_rows
 from rst_jax.runtime.progress import progress
-from rst_jax.threat import ThreatModel
+from rst_jax.threat import ThreatModel, pixels
 
 Tree = Any
 _LOOKS = 10  # times a round, at most, that the host looks whether all examples are broken

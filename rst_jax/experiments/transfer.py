@@ -1,6 +1,7 @@
 """Crossing tickets: images made against one, judged by all (the paper's transfer matrix)."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import numpy as np
 
 from rst_jax.data import Dataset
 from rst_jax.evaluation.accuracy import Evaluator
-from rst_jax.records import TransferRecord, provenance
+from rst_jax.experiments.run import Run
+from rst_jax.records import AttackRecord, TransferRecord, provenance
 from rst_jax.runtime import preemption
 from rst_jax.runtime.files import read_arrays, write_arrays
 from rst_jax.runtime.mesh import fetch, from_main, is_main, replicate
@@ -35,23 +37,45 @@ class Crossed:
     shown: list[np.ndarray]
     shown_index: list[np.ndarray]
 
+    def among(self, places: Sequence[int]) -> "Crossed":
+        """The flags of some tickets alone, in that order."""
+        return Crossed(
+            self.natural[places],
+            self.robust[np.ix_(places, places)],
+            [self.violations[k] for k in places],
+            [self.shown[k] for k in places],
+            [self.shown_index[k] for k in places],
+        )
 
-def cross(evaluator: Evaluator, tickets: list[Ticket], dataset: Dataset, folder: Path) -> Crossed:
+
+def transfer(run: Run) -> None:
+    """The matrix over the drawn tickets: images made against one, judged by all.
+
+    Needs the tickets (`search`, `dense`).
+    """
+    tickets = run.tickets()
+    drawn = [place for place, ticket in enumerate(tickets) if ticket.kind == "scratch"]
+    crossed = cross(run, tickets).among(drawn)
+    run.keep("transfer", transfer_record(crossed, [tickets[place] for place in drawn], run.evaluator.attack_record))
+
+
+def cross(run: Run, tickets: list[Ticket]) -> Crossed:
     """Attack every ticket on the test images and let every ticket judge.
 
-    The flags of each source are kept in `folder`, so that what is finished is not done again; they are used
+    The flags of each source are kept in results/flags, so that what is finished is not done again; they are used
     only for the same tickets, attack and images.
 
     Raises:
       Preempted: the process was asked to stop; between two sources it does.
     """
+    evaluator, dataset, folder = run.evaluator, run.dataset, run.workdir / "results" / "flags"
     stamp = "|".join([f"flags {_FORMAT}", str(evaluator.attack_record), dataset.digest, *(t.digest for t in tickets)])
     variables = [replicate(ticket.variables, evaluator.mesh) for ticket in tickets]
     done = []
     for place, source in enumerate(tickets):
         if preemption.asked():
             raise preemption.Preempted
-        path = folder / f"{source.meta['name']}.npz"
+        path = folder / f"{source.name}.npz"
         flags = _read(path, stamp + source.digest) if is_main() else None
         if not from_main(np.asarray(flags is not None)):
             flags = _flags(evaluator, place, variables, dataset)
@@ -119,16 +143,15 @@ def _read(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
     return found if str(found.pop("stamp", "")) == stamp else None
 
 
-def transfer_record(crossed: Crossed, tickets: list[Ticket], evaluator: Evaluator) -> TransferRecord:
-    """The matrix over `tickets`, the first rows and columns of `crossed`."""
-    k = len(tickets)
+def transfer_record(crossed: Crossed, tickets: list[Ticket], attack: AttackRecord) -> TransferRecord:
+    """The matrix over `tickets` from their flags."""
     return TransferRecord(
-        names=[t.meta["name"] for t in tickets],
+        names=[t.name for t in tickets],
         ratios=[t.remaining_ratio for t in tickets],
-        natural=crossed.natural[:k].mean(-1).tolist(),
-        robust=crossed.robust[:k, :k].mean(-1).tolist(),
+        natural=crossed.natural.mean(-1).tolist(),
+        robust=crossed.robust.mean(-1).tolist(),
         n=crossed.natural.shape[-1],
-        attack=evaluator.attack_record,
+        attack=attack,
         digests=[t.digest for t in tickets],
         provenance=provenance(),
     )

@@ -20,13 +20,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rst_jax.config import Config
 from rst_jax.data.pipeline import Images
 from rst_jax.data.sources import STREAMED, load_dataset
+from rst_jax.initializers import init_variables
 from rst_jax.models import ModelSpec
 from rst_jax.planning.chips import parse_topology
 from rst_jax.planning.hlo import Collective, collectives
 from rst_jax.runtime.mesh import AXIS, make_mesh
 from rst_jax.runtime.operations import operations, outputs, step_operations
 from rst_jax.training.loop import Job, batch_sizes, make_job_step
-from rst_jax.training.state import TicketState, init_variables, make_optimizer, make_schedule
+from rst_jax.training.optimizer import make_optimizer, make_schedule
+from rst_jax.training.state import TicketState
+from rst_jax.training.target import Scores
 
 Tree = Any
 # Training images, image shape and classes, so that a plan needs no images; others are loaded and counted.
@@ -204,9 +207,11 @@ def _compile(
     half = (0.5,) * image_shape[-1]
     model = ModelSpec(config.model, classes, half, half).make(**types)
     streamed, rows = config.dataset in STREAMED, config.batch_size
-    job, per_epoch = Job("plan", "scores", config.epochs, config.optimizer), -(-n // rows)
+    job, per_epoch = Job("plan", Scores(), config.epochs, config.optimizer), -(-n // rows)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.epochs, per_epoch))
-    step = make_job_step(config, model, optimizer, job, mesh, rows, config.attack.steps, many=False, streamed=streamed)
+    step = make_job_step(
+        config, model, optimizer, job, mesh, rows, config.attack.pgd(config.epochs), many=False, streamed=streamed
+    )
 
     def placed(tree: Tree, spec: PartitionSpec) -> Tree:
         sharding = NamedSharding(mesh, spec)

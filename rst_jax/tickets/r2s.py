@@ -1,24 +1,18 @@
-"""R2S, random robust switching (the paper's defence): every image is classified by a ticket drawn at random."""
+"""R2S, random robust switching (the paper's defence): every image is classified by a ticket picked at random."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rst_jax.evaluation.accuracy import Evaluator
-from rst_jax.experiments.transfer import Crossed
-from rst_jax.records import R2SRecord, provenance
+from rst_jax.tickets.store import restore_tickets
 from rst_jax.tickets.ticket import Ticket
-from rst_jax.training.checkpoint import restore_tickets, save_tickets
-
-Tree = Any
 
 
 class R2S:
-    """Switching between tickets, one independent draw for each image, under a key that the caller gives.
+    """Switching between tickets, one independent pick for each image, under a key that the caller gives.
 
     Args:
       tickets: of one network shape.
@@ -42,77 +36,29 @@ class R2S:
         self.tickets, self.probabilities = list(tickets), p
 
     def __call__(self, images: jax.Array, key: jax.Array) -> jax.Array:
-        """Logits [N, classes] of images [N, H, W, C], each from the ticket that `key` draws for it."""
+        """Logits [N, classes] of images [N, H, W, C], each from the ticket that `key` picks for it."""
         logits = jnp.stack([ticket(images) for ticket in self.tickets])
-        drawn = self.draw(key, logits.shape[1])
-        return jnp.take_along_axis(logits, drawn[None, :, None], axis=0)[0]
+        picked = self.pick(key, logits.shape[1])
+        return jnp.take_along_axis(logits, picked[None, :, None], axis=0)[0]
 
-    def draw(self, key: jax.Array, n: int) -> jax.Array:
+    def pick(self, key: jax.Array, n: int) -> jax.Array:
         """Which ticket classifies each of n images: int [n]."""
         return jax.random.categorical(key, jnp.log(jnp.asarray(self.probabilities, jnp.float32)), shape=(n,))
 
 
 def expected_accuracy(correct: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """sum_k p_k c_k, exact over the draws: [..., K, N] flags to [..., N]."""
+    """sum_k p_k c_k, exact over the picks: [..., K, N] flags to [..., N]."""
     return np.einsum("k,...kn->...n", np.asarray(probabilities, np.float64), correct.astype(np.float64))
-
-
-def r2s_record(crossed: Crossed, tickets: list[Ticket], probabilities: np.ndarray, evaluator: Evaluator) -> R2SRecord:
-    """What switching is worth on the flags of `tickets`, the first rows and columns of `crossed`."""
-    k, p = len(tickets), np.asarray(probabilities, np.float64)
-    after_attack = expected_accuracy(crossed.robust[:k, :k], p)  # [source, N]
-    single = np.array([crossed.robust[i, i].mean() for i in range(k)])
-    return R2SRecord(
-        names=[t.meta["name"] for t in tickets],
-        probabilities=p.tolist(),
-        switching="one independent draw an image",
-        natural=float(expected_accuracy(crossed.natural[:k], p).mean()),
-        transfer_only=float(p @ after_attack.mean(-1)),
-        worst_of_pool=float(after_attack.min(axis=0).mean()),
-        best_single=float(single.max()),
-        best_single_name=tickets[int(single.argmax())].meta["name"],
-        n=crossed.natural.shape[-1],
-        attack=evaluator.attack_record,
-        digests=[t.digest for t in tickets],
-        provenance=provenance(),
-    )
-
-
-def save_r2s(directory: Path, params: Tree, tickets: Sequence[Ticket]) -> None:
-    """One checkpoint of the frozen weights with every ticket's masks and statistics, for `load_r2s`."""
-    save_tickets(
-        directory,
-        params,
-        {t.meta["name"]: {"masks": t.masks, "batch_stats": t.batch_stats} for t in tickets},
-        {
-            "model": tickets[0].model,
-            "image_shape": list(tickets[0].image_shape),
-            "tickets": {t.meta["name"]: {"remaining_ratio": t.remaining_ratio, "meta": t.meta} for t in tickets},
-        },
-    )
 
 
 def load_r2s(directory: str | Path, probabilities: Sequence[float] | None = None) -> R2S:
     """The defence from `checkpoints/tickets` of a workdir.
 
     Args:
-      directory: what `save_r2s` wrote.
+      directory: what `tickets.store.save_tickets` wrote.
       probabilities: see `R2S`; the tickets come in ascending order of their ratios.
 
     Raises:
       ValueError: the checkpoint is missing or broken.
     """
-    params, stored, about = restore_tickets(Path(directory))
-    tickets = [
-        Ticket.make(
-            about["model"],
-            tuple(about["image_shape"]),
-            told["remaining_ratio"],
-            params,
-            stored[name]["masks"],
-            stored[name]["batch_stats"],
-            told["meta"],
-        )
-        for name, told in about["tickets"].items()
-    ]
-    return R2S(sorted(tickets, key=lambda t: t.remaining_ratio), probabilities)
+    return R2S(restore_tickets(Path(directory)), probabilities)

@@ -5,16 +5,12 @@ and, for each ratio, packed masks and batch statistics. Orbax writes to a tempor
 kill leaves the checkpoint before.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from rst_jax import subnet
-from rst_jax.runtime.mesh import from_main
 from rst_jax.training.state import TicketState
 
 Tree = Any
@@ -89,65 +85,3 @@ class RunCheckpoints:
 
 def _abstract(tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
-
-
-def save_tickets(directory: Path, params: Tree, tickets: dict[str, dict[str, Tree]], about: dict[str, Any]) -> None:
-    """The frozen weights once, and of each ratio the packed masks and the batch statistics.
-
-    Args:
-      directory: a folder that appears whole, the one before it kept until then.
-      params: the weights that all tickets share.
-      tickets: name to {"masks": bool trees, "batch_stats": tree}.
-      about: plain values to keep beside them.
-    """
-    content = {
-        "params": params,
-        "tickets": {
-            name: {"masks": subnet.pack(t["masks"]), "batch_stats": t["batch_stats"]} for name, t in tickets.items()
-        },
-    }
-    shapes = jax.tree.map(lambda m: list(m.shape), next(iter(tickets.values()))["masks"])
-    new, old = (directory.with_name(f".{directory.name}-{age}") for age in ("new", "old"))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            new.absolute(),
-            args=ocp.args.Composite(
-                tickets=ocp.args.StandardSave(jax.tree.map(np.asarray, content)),
-                about=ocp.args.JsonSave({"mask_shapes": shapes, **about}),
-            ),
-            force=True,
-        )
-    if jax.process_index() == 0:
-        shutil.rmtree(old, ignore_errors=True)
-        if directory.exists():
-            directory.rename(old)
-        new.rename(directory)
-        shutil.rmtree(old, ignore_errors=True)
-    from_main(np.zeros(()))  # nobody reads before it is in place
-
-
-def restore_tickets(directory: Path) -> tuple[Tree, dict[str, dict[str, Tree]], dict[str, Any]]:
-    """What `save_tickets` wrote: the weights; of each ticket masks (bool) and batch statistics; the plain values.
-
-    Raises:
-      ValueError: there is no such checkpoint, or it cannot be read.
-    """
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: there is no checkpoint of tickets; draw some first.")
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(
-                directory.absolute(),
-                args=ocp.args.Composite(tickets=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()),
-            )
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise ValueError(f"{directory}: this checkpoint of tickets cannot be read ({error}).") from error
-    content, about = jax.tree.map(np.asarray, restored.tickets), dict(restored.about)
-    shapes = jax.tree.map(
-        lambda shape: np.empty(shape, bool), about.pop("mask_shapes"), is_leaf=lambda s: isinstance(s, list)
-    )
-    tickets = {
-        name: {"masks": subnet.unpack(t["masks"], shapes), "batch_stats": t.get("batch_stats") or {}}
-        for name, t in content["tickets"].items()
-    }
-    return content["params"], tickets, about

@@ -13,18 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rst_jax.config import Config, Optimizer
+from rst_jax.config import Config, Optimizer, PGDSettings
 from rst_jax.data.pipeline import Images, epoch_order
 from rst_jax.data.sources import Split
 from rst_jax.data.stream import EncodedImages, prefetched
 from rst_jax.runtime import preemption
 from rst_jax.runtime.mesh import make_rows, on_cpu, replicate
 from rst_jax.runtime.progress import Say, progress
-from rst_jax.threat import ThreatModel
 from rst_jax.training.checkpoint import RunCheckpoints
 from rst_jax.training.metrics import MetricsWriter, means
-from rst_jax.training.state import TicketState, make_optimizer, make_schedule
-from rst_jax.training.step import Settings, Trainable, make_train_step
+from rst_jax.training.optimizer import make_optimizer, make_schedule
+from rst_jax.training.state import TicketState
+from rst_jax.training.step import Settings, make_train_step
+from rst_jax.training.target import Target
 
 Tree = Any
 _STEPS_A_DISPATCH = 64
@@ -35,7 +36,7 @@ class Job:
     """One network to train: its name in the workdir, what is trained, how long and at which rates."""
 
     name: str
-    trainable: Trainable
+    target: Target
     epochs: int
     optimizer: Optimizer
 
@@ -90,7 +91,7 @@ def make_job_step(
     job: Job,
     mesh: Mesh,
     rows: int,
-    attack_steps: int,
+    attack: PGDSettings,
     many: bool,
     streamed: bool,
 ) -> Any:
@@ -98,12 +99,10 @@ def make_job_step(
     c, per_device = config, rows // mesh.size
     largest = max(c.batch_size // mesh.size // c.accumulate, 1)  # images of a part
     settings = Settings(
-        trainable=job.trainable,
-        threat=ThreatModel(c.threat.eps, c.threat.norm),
-        attack_steps=attack_steps,
-        attack_step_size=c.attack.step_size,
-        random_start=c.attack.random_start,
-        attack_batch_norm=c.attack.batch_norm,
+        target=job.target,
+        threat=c.threat,
+        attack=attack,
+        batch_norm=c.attack.batch_norm,
         label_smoothing=c.label_smoothing,
         crop_padding=c.crop_padding,
         flip=c.flip,
@@ -174,18 +173,18 @@ class Trainer:
             params=variables["params"],
             scores=variables["scores"],
             batch_stats=variables["batch_stats"],
-            opt_state=optimizer.init(variables[job.trainable]),
+            opt_state=optimizer.init(variables[job.target.collection]),
         )
         return replicate(state, self.mesh)
 
-    def step(self, job: Job, rows: int, attack_steps: int) -> Callable:
+    def step(self, job: Job, rows: int, attack: PGDSettings) -> Callable:
         """The compiled step for batches of `rows` images; the same object for jobs that differ in name alone."""
-        key = (job.trainable, job.epochs, job.optimizer, len(self.batches), rows, attack_steps)
+        key = (job.target, job.epochs, job.optimizer, len(self.batches), rows, attack)
         if key not in self._steps:
             many = self.dispatch > 1 and rows == self.config.batch_size
             optimizer, _ = self.optimizer_of(job)
             self._steps[key] = make_job_step(
-                self.config, self.model, optimizer, job, self.mesh, rows, attack_steps, many, self.streamed
+                self.config, self.model, optimizer, job, self.mesh, rows, attack, many, self.streamed
             )
         return self._steps[key]
 
@@ -285,7 +284,7 @@ class Trainer:
             if self.streamed:
                 dispatches = stack.enter_context(contextlib.closing(prefetched(dispatches, 2)))
             for d in dispatches:
-                compiled = self.step(job, d.rows, c.attack.steps_in(step // per_epoch))
+                compiled = self.step(job, d.rows, c.attack.pgd(step // per_epoch))
                 where = (d.data, d.order, np.int32(d.first))
                 state, metrics = compiled(state, *where, selection, self.keys["step"], np.int32(d.steps))
                 pending.append(metrics)
@@ -306,7 +305,7 @@ class Trainer:
     def _log(self, job: Job, state: TicketState, step: int, pending: list, rate: float) -> None:
         """Fetch the metrics since the last call, the only host synchronisation; stop at what is not finite."""
         row = means(_total(pending))
-        if not (math.isfinite(row["loss"]) and bool(_finite(getattr(state, job.trainable)))):
+        if not (math.isfinite(row["loss"]) and bool(_finite(job.target.trained(state)))):
             raise FloatingPointError(_diagnose(job.name, step, row["loss"], state))
         self.writer.write(job.name, step, {**row, "learning_rate": rate})
 

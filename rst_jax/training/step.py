@@ -1,7 +1,7 @@
-"""The training step and the two evaluation steps.
+"""The training step.
 
 One step serves search, fine-tuning and dense training: materialise the weights once, attack them, take the
-gradient of the loss at the adversarial images, and update either the scores or the parameters. Over the mesh
+gradient of the loss at the adversarial images, and update the target. Over the mesh
 it runs as `shard_map`: the attack uses each device's own batch statistics and no collective; one all-reduce
 of gradient, statistics and metrics ends the step.
 """
@@ -19,35 +19,38 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from rst_jax import subnet
 from rst_jax.attacks import pgd
+from rst_jax.config import PGDSettings
 from rst_jax.data.pipeline import Images, augment, example_keys
 from rst_jax.losses import correct, cross_entropy
 from rst_jax.runtime.mesh import AXIS
 from rst_jax.threat import ThreatModel
 from rst_jax.training.state import TicketState
+from rst_jax.training.target import Target
 
 Tree = Any
-Trainable = Literal["scores", "params"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the step is made from besides the model and the optimiser; fields as in the configuration.
+    """What the step is made from besides the model and the optimiser.
 
     Attributes:
-      trainable: "scores" searches a mask; "params" trains the weights under a fixed one.
+      target: what is trained.
+      threat: the adversary's.
+      attack: the inner maximisation.
+      batch_norm: under attack, the batch's statistics (the running ones move at each forward) or the running ones.
+      label_smoothing: of the criterion and of the attack's.
+      crop_padding, flip: augmentation; see `data.pipeline.augment`.
       accumulate: parts of a device's batch that are attacked and differentiated one after the other; their gradients
         are averaged, and batch statistics are of a part.
       unroll: the attack as a flat program.
     """
 
-    trainable: Trainable
+    target: Target
     threat: ThreatModel
-    attack_steps: int
-    attack_step_size: float
-    random_start: bool = True
-    attack_batch_norm: Literal["train", "eval"] = "train"
+    attack: PGDSettings
+    batch_norm: Literal["train", "eval"] = "train"
     label_smoothing: float = 0.0
     crop_padding: int = 0
     flip: bool = False
@@ -64,7 +67,7 @@ def make_update(
       state: a TicketState.
       images: [N, H, W, C] in [0, 1]; labels: int [N].
       noise: where the attack starts, relative to the images; None starts at them.
-      selection: the kept counts of every layer (a search) or the fixed masks ("params"; {} for a dense network).
+      selection: what the target makes masks from: kept counts of every layer (a search), or fixed masks.
     Metrics are sums over the batch: loss, correct (on adversarial images), count.
 
     Args:
@@ -85,13 +88,12 @@ def make_update(
             images=images,
             labels=labels,
             threat=s.threat,
-            steps=s.attack_steps,
-            step_size=s.attack_step_size,
+            settings=s.attack,
             start=noise,
             loss=loss_of,
             unroll=s.unroll,
         )
-        if s.attack_batch_norm == "train":
+        if s.batch_norm == "train":
             return run(partial(forward, weights), memory=stats)
         return run(lambda x: model.apply({"params": weights, "batch_stats": stats}, x, train=False)), stats
 
@@ -99,14 +101,7 @@ def make_update(
         state: TicketState, images: jax.Array, labels: jax.Array, noise: Any, selection: Tree
     ) -> tuple[TicketState, dict[str, jax.Array]]:
         chex.assert_rank([images, labels], [4, 1])
-        searching = s.trainable == "scores"
-        masks = subnet.masks(state.scores, selection) if searching else selection
-        trained = state.scores if searching else state.params
-
-        def weights_of(trained: Tree) -> Tree:
-            if searching:
-                return subnet.materialise(state.params, trained, masks)
-            return subnet.apply_masks(trained, masks)
+        masks, trained = s.target.masks(state, selection), s.target.trained(state)
 
         def part(stats: Tree, batch: tuple) -> tuple[Tree, Tree, dict[str, jax.Array]]:
             """Attack a part of the batch: the gradient of its mean loss, the statistics after it, its metrics."""
@@ -127,7 +122,7 @@ def make_update(
             gradient, (stats, metrics) = jax.grad(loss_at, has_aux=True)(weights)
             return gradient, stats, metrics
 
-        weights, pull_back = jax.vjp(weights_of, trained)
+        weights, pull_back = jax.vjp(lambda trained: s.target.weights(state, trained, masks), trained)
         batch, stats = (images, labels, noise), state.batch_stats
         if s.accumulate == 1:
             gradient, stats, metrics = part(stats, batch)
@@ -140,17 +135,9 @@ def make_update(
             gradient, stats = lax.pmean((gradient, stats), axis)
             metrics = lax.psum(metrics, axis)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
-        if not searching:
-            updates = subnet.apply_masks(updates, masks)
-        trained = optax.apply_updates(trained, updates)
-        state = TicketState(
-            step=state.step + 1,
-            params=state.params if searching else trained,
-            scores=trained if searching else state.scores,
-            batch_stats=stats,
-            opt_state=opt_state,
-        )
-        return state, metrics
+        trained = optax.apply_updates(trained, s.target.allowed(updates, masks))
+        state = s.target.updated(state, trained)
+        return state.replace(step=state.step + 1, batch_stats=stats, opt_state=opt_state), metrics  # type: ignore[attr-defined]
 
     return update
 
@@ -218,7 +205,7 @@ def make_train_step(
         keys = example_keys(jax.random.fold_in(key, state.step), ids)
         crop_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         images = augment(crop_keys, images, settings.crop_padding, settings.flip)
-        noise = settings.threat.noise(noise_keys, images) if settings.random_start else None
+        noise = settings.threat.noise(noise_keys, images) if settings.attack.random_start else None
         return update(state, images, labels, noise, selection)
 
     def steps(
@@ -246,45 +233,3 @@ def make_train_step(
     specs = (replicated, PartitionSpec(AXIS) if streamed else replicated, *[replicated] * 5)
     mapped = jax.shard_map(steps, mesh=mesh, in_specs=specs, out_specs=replicated, check_vma=False)
     return jax.jit(mapped, donate_argnums=0)
-
-
-def make_attack_step(
-    model: nn.Module, threat: ThreatModel, mesh: Mesh, *, steps: int, step_size: float, unroll: bool
-) -> Callable[..., jax.Array]:
-    """Compiled PGD on a trained network: `attack(variables, images, labels, ids, key) -> adversarial images`.
-
-    One uniform start an example, from its id; an example rests once it is misclassified (paper). The variables
-    are replicated, the rest is split by rows over the mesh; padding rows may hold anything.
-    """
-
-    def attack(variables: Tree, images: jax.Array, labels: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
-        noise = threat.noise(example_keys(jax.random.wrap_key_data(key), ids), images)
-        return pgd(
-            lambda x: model.apply(variables, x, train=False),
-            images,
-            labels,
-            threat,
-            steps=steps,
-            step_size=step_size,
-            start=noise,
-            rest_when_broken=True,
-            unroll=unroll,
-        )
-
-    rows, replicated = PartitionSpec(AXIS), PartitionSpec()
-    specs = (replicated, rows, rows, rows, replicated)
-    return jax.jit(jax.shard_map(attack, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False))
-
-
-def make_predict_step(model: nn.Module, mesh: Mesh) -> Callable[..., jax.Array]:
-    """Compiled logits of a trained network: `predict(variables, images) -> [N, classes]`, split by rows."""
-    rows, replicated = PartitionSpec(AXIS), PartitionSpec()
-    return jax.jit(
-        jax.shard_map(
-            lambda variables, images: model.apply(variables, images, train=False),
-            mesh=mesh,
-            in_specs=(replicated, rows),
-            out_specs=rows,
-            check_vma=False,
-        )
-    )

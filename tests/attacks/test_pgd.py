@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rst_jax.attacks import pgd
+from rst_jax.config import PGDSettings
 from rst_jax.losses import cross_entropy
 from rst_jax.threat import ThreatModel
 
@@ -28,14 +29,14 @@ def direction():
 
 @pytest.mark.parametrize("unroll", [False, True])
 def test_fgsm_on_a_linear_model_is_the_closed_form(unroll):
-    adversarial = pgd(linear, IMAGES, LABELS, ThreatModel(0.1), steps=1, step_size=0.1, unroll=unroll)
+    adversarial = pgd(linear, IMAGES, LABELS, ThreatModel(0.1), settings=PGDSettings(1, 0.1), unroll=unroll)
     np.testing.assert_allclose(adversarial, IMAGES - 0.1 * jnp.sign(direction()), atol=1e-6)
     fall = margin(IMAGES) - margin(adversarial)
     np.testing.assert_allclose(fall, 0.1 * np.abs(direction()).sum(1), rtol=1e-4)
 
 
 def test_l2_pgd_on_a_linear_model_reaches_the_closed_form():
-    adversarial = pgd(linear, IMAGES, LABELS, ThreatModel(0.2, "l2"), steps=10, step_size=0.05)
+    adversarial = pgd(linear, IMAGES, LABELS, ThreatModel(0.2, "l2"), settings=PGDSettings(10, 0.05))
     fall = margin(IMAGES) - margin(adversarial)
     np.testing.assert_allclose(fall, 0.2 * np.linalg.norm(direction(), axis=1), rtol=1e-4)
 
@@ -43,7 +44,7 @@ def test_l2_pgd_on_a_linear_model_reaches_the_closed_form():
 def test_fgsm_rs_stays_in_the_ball_and_uses_its_start():
     threat = ThreatModel(0.1)
     start = threat.noise(jax.random.split(jax.random.key(0), 6), IMAGES)
-    adversarial = pgd(linear, IMAGES, LABELS, threat, steps=1, step_size=0.125, start=start)
+    adversarial = pgd(linear, IMAGES, LABELS, threat, settings=PGDSettings(1, 0.125), start=start)
     expected = jnp.clip(start - 0.125 * jnp.sign(direction()), -0.1, 0.1)
     np.testing.assert_allclose(adversarial - IMAGES, expected, atol=1e-6)
 
@@ -64,25 +65,25 @@ def test_one_step_is_numpys():
     def net(x):
         return jax.nn.relu(x @ hidden) @ head
 
-    got = pgd(net, IMAGES, jnp.asarray(labels), ThreatModel(0.2), steps=1, step_size=0.3)
+    got = pgd(net, IMAGES, jnp.asarray(labels), ThreatModel(0.2), settings=PGDSettings(1, 0.3))
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_scan_and_unrolled_agree():
-    kw = dict(steps=5, step_size=0.03, rest_when_broken=True)
+    kw = dict(settings=PGDSettings(5, 0.03), rest_when_broken=True)
     a, b = (pgd(linear, IMAGES, LABELS, ThreatModel(0.1), unroll=u, **kw) for u in (False, True))
     np.testing.assert_array_equal(a, b)
 
 
 def test_no_steps_or_no_radius_change_nothing():
-    np.testing.assert_array_equal(pgd(linear, IMAGES, LABELS, ThreatModel(0.1), steps=0, step_size=0.1), IMAGES)
-    np.testing.assert_array_equal(pgd(linear, IMAGES, LABELS, ThreatModel(0.0), steps=3, step_size=0.1), IMAGES)
+    np.testing.assert_array_equal(pgd(linear, IMAGES, LABELS, ThreatModel(0.1), settings=PGDSettings(0, 0.1)), IMAGES)
+    np.testing.assert_array_equal(pgd(linear, IMAGES, LABELS, ThreatModel(0.0), settings=PGDSettings(3, 0.1)), IMAGES)
 
 
 def test_an_example_rests_once_it_is_broken():
     wrong = jnp.argmax(linear(IMAGES), -1).astype(jnp.int32) != LABELS
-    resting = pgd(linear, IMAGES, LABELS, ThreatModel(0.1), steps=3, step_size=0.05, rest_when_broken=True)
-    moving = pgd(linear, IMAGES, LABELS, ThreatModel(0.1), steps=3, step_size=0.05)
+    resting = pgd(linear, IMAGES, LABELS, ThreatModel(0.1), settings=PGDSettings(3, 0.05), rest_when_broken=True)
+    moving = pgd(linear, IMAGES, LABELS, ThreatModel(0.1), settings=PGDSettings(3, 0.05))
     moved = np.asarray(jnp.any(resting != IMAGES, 1))
     np.testing.assert_array_equal(moved, ~np.asarray(wrong))
     assert np.asarray(jnp.any(moving != IMAGES, 1)).all()
@@ -95,22 +96,28 @@ def test_memory_is_carried_through_every_forward():
 
     for unroll in (False, True):
         adversarial, seen = pgd(
-            counting, IMAGES, LABELS, ThreatModel(0.1), steps=7, step_size=0.02, memory=jnp.int32(0), unroll=unroll
+            counting,
+            IMAGES,
+            LABELS,
+            ThreatModel(0.1),
+            settings=PGDSettings(7, 0.02),
+            memory=jnp.int32(0),
+            unroll=unroll,
         )
         assert int(seen) == 7
         np.testing.assert_array_equal(
-            adversarial, pgd(linear, IMAGES, LABELS, ThreatModel(0.1), steps=7, step_size=0.02, unroll=unroll)
+            adversarial, pgd(linear, IMAGES, LABELS, ThreatModel(0.1), settings=PGDSettings(7, 0.02), unroll=unroll)
         )
 
 
 def test_padding_that_is_not_a_number_stays_in_its_rows():
     poisoned = jnp.concatenate([IMAGES, jnp.full((2, 4), jnp.nan)])
     labels = jnp.concatenate([LABELS, jnp.zeros(2, jnp.int32)])
-    kw = dict(threat=ThreatModel(0.1), steps=4, step_size=0.03, rest_when_broken=True)
+    kw = dict(threat=ThreatModel(0.1), settings=PGDSettings(4, 0.03), rest_when_broken=True)
     np.testing.assert_array_equal(pgd(linear, poisoned, labels, **kw)[:6], pgd(linear, IMAGES, LABELS, **kw))
 
 
 def test_the_loss_rises_at_least_to_its_value_at_the_start():
     before = cross_entropy(linear(IMAGES), LABELS)
-    after = cross_entropy(linear(pgd(linear, IMAGES, LABELS, ThreatModel(0.1), steps=8, step_size=0.03)), LABELS)
+    after = cross_entropy(linear(pgd(linear, IMAGES, LABELS, ThreatModel(0.1), settings=PGDSettings(8, 0.03))), LABELS)
     assert (after > before).all()

@@ -17,9 +17,9 @@ from rst_jax import config as config_lib
 from rst_jax.data import EncodedImages, load_dataset, prefetched, sources
 from rst_jax.data.stream import _random_box, centre_crop, random_resized_crop
 from rst_jax.evaluation.accuracy import Evaluator
+from rst_jax.initializers import init_variables
 from rst_jax.models.resnet import ResNet
 from rst_jax.runtime.mesh import make_mesh
-from rst_jax.training.state import init_variables
 
 KEY = np.asarray([3, 4], np.uint32)
 SIZES = [(60, 45), (45, 60), (33, 33), (200, 41), (500, 375), (40, 170)]

@@ -9,13 +9,12 @@ import pytest
 from configs import digits
 from rst_jax import config as config_lib
 from rst_jax.data import Dataset, load_dataset
-from rst_jax.evaluation.accuracy import Evaluator, ticket_record
+from rst_jax.evaluation.accuracy import Evaluator
 from rst_jax.evaluation.evidence import correct
-from rst_jax.experiments.transfer import _worth_showing, cross
+from rst_jax.initializers import init_variables
 from rst_jax.models.resnet import ResNet
 from rst_jax.runtime.mesh import make_mesh
-from rst_jax.training.state import init_variables
-from tests.drawing import draw
+from rst_jax.threat import ThreatModel
 
 CONFIG = config_lib.from_dict(digits.get_config())
 MODEL = ResNet(num_classes=10, mean=(0.3,), std=(0.4,), blocks=(1,), widths=(8,), stem_stride=2)
@@ -69,7 +68,7 @@ def test_results_do_not_hang_on_batch_size_order_padding_or_devices(some):
 def test_no_radius_is_clean_accuracy_and_a_large_one_breaks_everything(some):
     variables, data, split = some
     for eps, step, accuracy in ((0.0, 0.1, 1.0), (1.0, 0.25, 0.0)):
-        config = dataclasses.replace(settings(step_size=step), threat=config_lib.Threat("linf", eps))
+        config = dataclasses.replace(settings(step_size=step), threat=ThreatModel(eps))
         evaluator = Evaluator(MODEL, config, make_mesh(), KEY)
         assert evaluator.accuracies(variables, data, split) == (1.0, accuracy)
 
@@ -129,49 +128,3 @@ def test_no_more_than_a_few_batches_are_scaled_ahead(some, monkeypatch):
         next(batches)
     assert len(scaled) <= 4
     assert max(scaled) == 4
-
-
-def test_what_is_shown_is_chosen_batch_by_batch_as_from_the_whole():
-    rng = np.random.default_rng(0)
-    for rate in (0.02, 0.2, 0.5, 0.8, 0.98):
-        natural, robust = rng.random((2, 90)) < np.asarray([[0.8], [rate]])
-        kept = np.zeros(0, int)
-        for end in range(1, 91):
-            chosen = _worth_showing(natural[:end], robust[:end])
-            assert set(chosen) <= {*kept, end - 1}
-            kept = chosen
-
-
-@pytest.mark.slow
-def test_crossing_keeps_what_is_done_and_knows_its_own(tmp_path, monkeypatch):
-    data = load_dataset(dataclasses.replace(CONFIG, evaluate=dataclasses.replace(CONFIG.evaluate, examples=30)))
-    tickets = [draw(r)[0] for r in (0.2, 0.5)]
-    evaluator = Evaluator(tickets[0].module, settings(), make_mesh(), KEY)
-    first = cross(evaluator, tickets, data, tmp_path)
-    assert first.robust.shape == (2, 2, 30)
-    assert first.natural.shape == (2, 30)
-    for i, ticket in enumerate(tickets):
-        natural, _, _, adversarial = judged(evaluator, ticket.variables, [ticket.variables], data, data.test)
-        np.testing.assert_array_equal(first.natural[i], natural)
-        for j, judge in enumerate(tickets):
-            right = correct(evaluator.logits(judge.variables, adversarial), data.test.labels)
-            np.testing.assert_array_equal(first.robust[i, j], right)
-        np.testing.assert_array_equal(first.shown[i], adversarial[first.shown_index[i]])
-        assert len(set(first.shown_index[i])) == 10
-    calls = []
-    judge_all = evaluator.judged
-    monkeypatch.setattr(evaluator, "judged", lambda *args: calls.append(1) or judge_all(*args))
-    again = cross(evaluator, tickets, data, tmp_path)
-    np.testing.assert_array_equal(again.robust, first.robust)
-    assert not calls
-    (tmp_path / "ratio-0.2.npz").write_bytes(b"cut off")
-    cross(evaluator, tickets, data, tmp_path)
-    assert len(calls) == 1
-    cross(evaluator, tickets[::-1], data, tmp_path)  # other judges: nothing is reused
-    assert len(calls) == 3
-
-    meta = {"dataset": "digits", "selected_on": "holdout", "epoch": 3, "seed": 0}
-    tickets[0].meta.update(meta)
-    record = ticket_record(tickets[0], evaluator.attack_record, first.natural[0], first.robust[0, 0], 0)
-    assert (record.weights_kept, record.weights_total) == tickets[0].weight_counts
-    assert record.natural.value == first.natural[0].mean()

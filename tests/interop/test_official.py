@@ -11,11 +11,13 @@ import torch
 
 from rst_jax import subnet
 from rst_jax.attacks import pgd
+from rst_jax.config import PGDSettings
 from rst_jax.interop import from_official
 from rst_jax.models import ModelSpec
 from rst_jax.threat import ThreatModel
 from rst_jax.training.state import TicketState
 from rst_jax.training.step import Settings, make_update
+from rst_jax.training.target import Scores
 
 TOLERANCE = 1e-9
 LINF = ThreatModel(8 / 255)
@@ -62,7 +64,7 @@ def test_three_search_steps_and_pgd20(trace):
     np.testing.assert_allclose(train_mode, t["logits_train_0"], rtol=0, atol=TOLERANCE)
 
     sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
-    update = jax.jit(make_update(model, sgd, Settings("scores", LINF, attack_steps=7, attack_step_size=2 / 255)))
+    update = jax.jit(make_update(model, sgd, Settings(Scores(), LINF, PGDSettings(7, 2 / 255))))
     state = TicketState(
         jnp.int32(0), variables["params"], variables["scores"], variables["batch_stats"], sgd.init(variables["scores"])
     )
@@ -96,8 +98,7 @@ def test_three_search_steps_and_pgd20(trace):
             x,
             y,
             LINF,
-            steps=20,
-            step_size=2 / 255,
+            PGDSettings(20, 2 / 255),
             start=start,
             rest_when_broken=True,
         )

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from rst_jax.initializers import init_variables
 from rst_jax.models import MODELS, ModelSpec, layers
 from rst_jax.models.layers import BatchNorm
-from rst_jax.training.state import init_variables
 
 
 def shapes(model, image_shape=(32, 32, 3)):

@@ -8,12 +8,15 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from rst_jax import subnet
+from rst_jax.config import PGDSettings
+from rst_jax.initializers import init_variables
 from rst_jax.models import ModelSpec
 from rst_jax.runtime.mesh import make_mesh
 from rst_jax.runtime.operations import has_convolution, operations, step_operations
 from rst_jax.threat import ThreatModel
-from rst_jax.training.state import TicketState, init_variables
+from rst_jax.training.state import TicketState
 from rst_jax.training.step import Settings, make_update
+from rst_jax.training.target import Scores
 
 
 def struct(*shape, dtype=jnp.float32):
@@ -177,7 +180,7 @@ def test_the_formula_of_a_step_is_the_step(unroll):
     opt_state = jax.eval_shape(sgd.init, v["scores"])
     state = TicketState(struct(dtype=jnp.int32), v["params"], v["scores"], v["batch_stats"], opt_state)
     images, labels = struct(4, 16, 16, 1), struct(4, dtype=jnp.int32)
-    settings = Settings("scores", ThreatModel(0.1), attack_steps=3, attack_step_size=0.05, unroll=unroll)
+    settings = Settings(Scores(), ThreatModel(0.1), PGDSettings(3, 0.05), unroll=unroll)
     counted = operations(
         make_update(model, sgd, settings), state, images, labels, images, subnet.kept_counts(v["scores"], 0.1)
     )

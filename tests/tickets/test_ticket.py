@@ -7,7 +7,8 @@ import pytest
 import rst_jax
 from rst_jax import subnet
 from rst_jax.models import ModelSpec
-from rst_jax.tickets.ticket import Ticket, load_ticket
+from rst_jax.tickets.file import load_ticket, save_ticket
+from rst_jax.tickets.ticket import Ticket
 from tests.drawing import IMAGES, SPEC, draw
 
 
@@ -20,10 +21,10 @@ def drawn():
 def test_a_ticket_file_round_trips_bit_by_bit(tmp_path, init, pattern):
     ticket, _ = draw(weight_init=init, pattern=pattern)
     path = tmp_path / "a.ticket"
-    ticket.save(path)
+    save_ticket(ticket, path)
     again = rst_jax.load_ticket(path)
     assert again.digest == ticket.digest
-    assert (again.model, again.image_shape, again.meta) == (ticket.model, ticket.image_shape, ticket.meta)
+    assert (again.model, again.image_shape, again.origin) == (ticket.model, ticket.image_shape, ticket.origin)
     for a, b in zip(*(jax.tree.leaves((t.weights, t.masks, t.batch_stats)) for t in (ticket, again)), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype
@@ -38,8 +39,8 @@ def test_a_ticket_file_round_trips_bit_by_bit(tmp_path, init, pattern):
 
 def test_a_dense_network_is_a_ticket_without_masks(tmp_path):
     _, v = draw()
-    dense = Ticket.make(SPEC, (8, 8, 1), 1.0, v["params"], {}, v["batch_stats"], {})
-    dense.save(tmp_path / "d.ticket")
+    dense = Ticket.make(SPEC, (8, 8, 1), 1.0, v["params"], {}, v["batch_stats"], "dense")
+    save_ticket(dense, tmp_path / "d.ticket")
     again = load_ticket(tmp_path / "d.ticket")
     assert again.weight_counts == (152_768, 152_768)
     np.testing.assert_array_equal(dense(IMAGES), again(IMAGES))
@@ -70,7 +71,7 @@ def test_wrong_images_are_refused(drawn, images, words):
 
 def test_a_broken_ticket_is_named_and_left_alone(tmp_path, drawn):
     path = tmp_path / "a.ticket"
-    drawn[0].save(path)
+    save_ticket(drawn[0], path)
     whole = path.read_bytes()
     for damage in (b"", whole[:1000], b"junk" * 100):
         path.write_bytes(damage)
@@ -87,7 +88,7 @@ def test_a_broken_ticket_is_named_and_left_alone(tmp_path, drawn):
 
 def test_a_ticket_with_changed_content_is_damaged(tmp_path, drawn):
     path = tmp_path / "a.ticket"
-    drawn[0].save(path)
+    save_ticket(drawn[0], path)
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     arrays["stats/bn1/mean"] = arrays["stats/bn1/mean"] + 1

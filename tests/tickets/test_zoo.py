@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rst_jax import records
-from rst_jax.tickets.ticket import load_ticket
+from rst_jax.tickets.file import load_ticket
 
 ZOO = Path(__file__).parents[2] / "zoo"
 INDEX = json.loads((ZOO / "index.json").read_text())

@@ -6,7 +6,7 @@ import pytest
 
 from configs import base
 from rst_jax import config as config_lib
-from rst_jax.training.state import make_optimizer, make_schedule
+from rst_jax.training.optimizer import make_optimizer, make_schedule
 
 SGD = config_lib.from_dict(base.get_config()).optimizer
 

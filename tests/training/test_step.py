@@ -9,18 +9,22 @@ import optax
 import pytest
 
 from rst_jax import subnet
+from rst_jax.config import PGDSettings
 from rst_jax.data.pipeline import Images
+from rst_jax.evaluation.accuracy import make_predict_step
+from rst_jax.initializers import init_variables
 from rst_jax.models.convnet import ConvNet
 from rst_jax.models.resnet import ResNet
 from rst_jax.runtime.mesh import make_mesh, replicate, split_rows
 from rst_jax.threat import ThreatModel
-from rst_jax.training.state import TicketState, init_variables
-from rst_jax.training.step import Settings, make_predict_step, make_train_step, make_update
+from rst_jax.training.state import TicketState
+from rst_jax.training.step import Settings, make_train_step, make_update
+from rst_jax.training.target import Scores, Weights
 
 N, BATCH = 24, 8
 MODEL = ResNet(num_classes=10, blocks=(1,), widths=(4,), stem_stride=2)
 SGD = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
-SEARCH = Settings("scores", ThreatModel(0.1), attack_steps=2, attack_step_size=0.05, crop_padding=1, flip=True)
+SEARCH = Settings(Scores(), ThreatModel(0.1), PGDSettings(2, 0.05), crop_padding=1, flip=True)
 KEY = np.asarray(jax.random.key_data(jax.random.key(5)))
 
 
@@ -76,7 +80,7 @@ def test_training_under_a_fixed_mask_moves_only_what_the_mask_keeps():
     mesh = make_mesh(jax.devices()[:1])
     state = begin("params")
     masks = subnet.masks(state.scores, subnet.kept_counts(state.scores, 0.5))
-    settings = Settings("params", ThreatModel(0.1), attack_steps=1, attack_step_size=0.1)
+    settings = Settings(Weights(), ThreatModel(0.1), PGDSettings(1, 0.1))
     after, _, _ = run(mesh, 2, settings, selection=masks, trainable="params")
     assert_equal(host(state.scores), after.scores)
     for mask, a, b in zip(*map(jax.tree.leaves, (host(masks), host(state.params), after.params)), strict=True):
@@ -85,7 +89,7 @@ def test_training_under_a_fixed_mask_moves_only_what_the_mask_keeps():
 
 
 def test_dense_training_is_the_step_without_masks():
-    settings = Settings("params", ThreatModel(0.1), attack_steps=1, attack_step_size=0.1)
+    settings = Settings(Weights(), ThreatModel(0.1), PGDSettings(1, 0.1))
     after, _, _ = run(make_mesh(jax.devices()[:1]), 2, settings, selection={}, trainable="params")
     moved = [(a != b).mean() for a, b in zip(*map(jax.tree.leaves, (host(begin().params), after.params)), strict=True)]
     assert min(moved) > 0.9
@@ -98,7 +102,7 @@ def test_the_running_statistics_move_at_every_forward():
     labels = jnp.zeros(4, jnp.int32)
     kept = subnet.kept_counts(state.scores, 1.0)
     for mode, share in (("train", 1 - 0.9**3), ("eval", 0.1)):
-        settings = Settings("scores", ThreatModel(0.0), attack_steps=2, attack_step_size=0.0, attack_batch_norm=mode)
+        settings = Settings(Scores(), ThreatModel(0.0), PGDSettings(2, 0.0), batch_norm=mode)
         after, _ = jax.jit(make_update(MODEL, SGD, settings))(state, images, labels, None, kept)
         _, once = MODEL.apply(
             {"params": state.params, "batch_stats": state.batch_stats}, images, train=True, mutable=["batch_stats"]
@@ -110,7 +114,7 @@ def test_the_running_statistics_move_at_every_forward():
 @pytest.mark.slow
 def test_four_devices_make_the_step_of_the_same_four_shards():
     """Against four single-device updates on the shards, their gradients averaged by hand through the optimiser."""
-    settings = Settings("scores", ThreatModel(0.1), attack_steps=2, attack_step_size=0.05)
+    settings = Settings(Scores(), ThreatModel(0.1), PGDSettings(2, 0.05))
     four, metrics, _ = run(make_mesh(), 1, settings)
     state = begin()
     kept = subnet.kept_counts(state.scores, 0.5)
@@ -168,7 +172,7 @@ def test_accumulated_parts_carry_the_statistics_on():
     state = begin()
     images, labels = jnp.full((4, 8, 8, 1), 0.5), jnp.zeros(4, jnp.int32)
     kept = subnet.kept_counts(state.scores, 1.0)
-    settings = Settings("scores", ThreatModel(0.0), attack_steps=0, attack_step_size=0.0, accumulate=2)
+    settings = Settings(Scores(), ThreatModel(0.0), PGDSettings(0, 0.0), accumulate=2)
     after, _ = jax.jit(make_update(MODEL, SGD, settings))(state, images, labels, None, kept)
     _, once = MODEL.apply(
         {"params": state.params, "batch_stats": state.batch_stats}, images, train=True, mutable=["batch_stats"]
@@ -252,7 +256,7 @@ def test_many_steps_in_one_dispatch_are_the_same_steps():
 
 def compiled(attack_steps):
     mesh = make_mesh()
-    settings = Settings("scores", ThreatModel(0.1), attack_steps, attack_step_size=0.05, unroll=True)
+    settings = Settings(Scores(), ThreatModel(0.1), PGDSettings(attack_steps, 0.05), unroll=True)
     step = make_train_step(MODEL, SGD, settings, mesh, batch_size=BATCH, rows=BATCH)
     state = begin()
     args = (state, data(), jnp.arange(N, dtype=jnp.int32), np.int32(0), subnet.kept_counts(state.scores, 0.5), KEY)

@@ -1,0 +1,42 @@
+"""Drawing: the stages of a run, by name.
+
+A stage takes the run and returns nothing. It writes whole files and does nothing where they are there for the same
+digests, names the stage that it misses, and passes a preemption point between its units.
+"""
+
+from collections.abc import Callable
+
+from rst_jax.experiments.evaluate import cards, evaluate
+from rst_jax.experiments.run import Run
+from rst_jax.experiments.search import dense, search
+from rst_jax.experiments.switching import switch
+from rst_jax.experiments.transfer import transfer
+from rst_jax.reports.report import read_results, table, write_report
+
+
+def report(run: Run) -> None:
+    """The page and the table of all that the workdir has recorded.
+
+    Needs the records (`evaluate`).
+    """
+    if run.is_main:
+        results = read_results(run.workdir, list(run.names))
+        page = write_report(run.workdir, results)
+        print(f"\n{table(results)}\n\nreport: {page}")
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "search": search,
+    "dense": dense,
+    "evaluate": evaluate,
+    "transfer": transfer,
+    "r2s": switch,
+    "cards": cards,
+    "report": report,
+}
+
+
+def draw(run: Run) -> None:
+    """The stages that the configuration names, in its order."""
+    for name in run.config.stages:
+        STAGES[name](run)

@@ -1,0 +1,75 @@
+"""Measuring what was drawn: the paper's measure of every ticket, a few images to look at, and evaluation cards."""
+
+import numpy as np
+
+from rst_jax.evaluation.accuracy import ticket_record
+from rst_jax.evaluation.card import measure
+from rst_jax.evaluation.cascade import Driver
+from rst_jax.evaluation.classifier import of_ticket
+from rst_jax.experiments.run import Run
+from rst_jax.experiments.transfer import Crossed, cross
+from rst_jax.runtime.files import write_arrays
+from rst_jax.tickets.ticket import Ticket
+
+
+def evaluate(run: Run) -> None:
+    """Natural and robust accuracy of every ticket on the test images, and images for the report.
+
+    Needs the tickets (`search`, `dense`).
+    """
+    tickets = run.tickets()
+    run.say("evaluating on the test images")
+    crossed = cross(run, tickets)
+    for i, ticket in enumerate(tickets):
+        flags = crossed.natural[i], crossed.robust[i, i], crossed.violations[i]
+        run.keep(ticket.name, ticket_record(ticket, run.evaluator.attack_record, *flags))
+    _gallery(run, tickets, crossed)
+
+
+def _gallery(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
+    """A few test images and their adversarial ones for the most robust ticket, for the report."""
+    drawn = [i for i, ticket in enumerate(tickets) if ticket.kind == "scratch"]
+    best = max(drawn, key=lambda i: tickets[i].origin.selection_robust or 0.0)
+    adversarial = crossed.shown[best]
+    split = run.dataset.test.take(crossed.shown_index[best])
+    clean = run.dataset.scaled(split)
+    said = [np.argmax(run.evaluator.logits(tickets[best].variables, x), -1) for x in (clean, adversarial)]
+    if run.is_main:
+        arrays = {
+            "clean": clean,
+            "adversarial": adversarial,
+            "labels": split.labels,
+            "clean_prediction": said[0],
+            "adversarial_prediction": said[1],
+            "names": np.asarray(run.dataset.class_names),
+            "ticket": np.asarray(tickets[best].name),
+        }
+        write_arrays(run.workdir / "results" / "gallery.npz", arrays)
+
+
+def cards(run: Run) -> None:
+    """The evaluation card of every ticket, where the configuration asks for one; programs are shared between them.
+
+    Needs the tickets (`search`, `dense`).
+    """
+    c, data = run.config, run.dataset
+    if c.evaluate.card == "pgd":
+        return
+    images, test = data.scaled(data.test), data.test
+    driver = Driver(run.mesh, c.evaluate.batch_size, run.key("evaluate"))
+    for ticket in run.tickets():
+        run.say(f"{ticket.name}: the {c.evaluate.card} card")
+        card = measure(
+            driver,
+            of_ticket(ticket),
+            images,
+            test.labels,
+            test.ids,
+            run.evaluator.threat,
+            attacks=c.evaluate.card,
+            folder=run.workdir / "results" / "cards" / f"{ticket.name}-{c.evaluate.card}",
+            name=ticket.name,
+            subject_digest=ticket.digest,
+            dataset=c.dataset,
+        )
+        run.say(f"{ticket.name}: {card.record.verdict}")
