@@ -59,9 +59,10 @@ class Claim:
         if not self.begin and not path.exists():
             raise ValueError(f"{self.called} holds no {self.holds} yet.")
         self._lock(held)
-        now, before = json.loads(json.dumps(self.question)), self._read(path)
+        now, missing = json.loads(json.dumps([self.question, self.missing]))
+        before = self._read(path)
         if before is not None:
-            self._compare({**self.missing, **dotted(before)}, dotted(now))
+            self._compare({**missing, **dotted(before)}, dotted(now))
         if self.begin and (before is None or any(before.get(name) != value for name, value in now.items())):
             write_json(path, {**now, **self.about})
 
