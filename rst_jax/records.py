@@ -71,6 +71,7 @@ class TicketRecord:
       weights_kept, weights_total: counts over all kernels.
       violations: adversarial images that left the ball or the box; they count as not attacked.
       best_epoch: where the checkpoint was taken, chosen on `selected_on`.
+      kind: what it is, as a ticket's ("scratch", "dense"); records of version 0.3.0 tell it by the name alone.
     """
 
     name: str
@@ -89,6 +90,11 @@ class TicketRecord:
     seed: int
     digest: str
     provenance: Provenance
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.kind:
+            object.__setattr__(self, "kind", "dense" if self.name == "dense" else "scratch")
 
 
 @dataclasses.dataclass(frozen=True)

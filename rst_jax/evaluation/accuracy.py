@@ -147,6 +147,7 @@ def ticket_record(
         seed=ticket.origin.seed,
         digest=ticket.digest,
         provenance=provenance(),
+        kind=ticket.kind,
     )
 
 

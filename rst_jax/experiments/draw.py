@@ -11,7 +11,8 @@ from rst_jax.experiments.run import Run
 from rst_jax.experiments.search import dense, search
 from rst_jax.experiments.switching import switch
 from rst_jax.experiments.transfer import transfer
-from rst_jax.reports.report import read_results, table, write_report
+from rst_jax.reports.report import table, write_report
+from rst_jax.reports.results import read_results
 
 
 def report(run: Run) -> None:

@@ -3,7 +3,8 @@ import numpy as np
 
 import rst_jax
 from rst_jax import records
-from rst_jax.reports.report import Results, read_results, table, write_report
+from rst_jax.reports.report import table, write_report
+from rst_jax.reports.results import Results, read_results
 from rst_jax.runtime import files
 
 ATTACK = records.AttackRecord("PGD-20", "linf", 8 / 255, 20, 2 / 255, 1, 0)
@@ -34,6 +35,14 @@ def test_what_was_chosen_on_the_test_images_says_so():
     assert "chosen on the test images" in table(
         Results([ticket("ratio-0.1", 0.1, 5, selected_on="test")], None, None, [], None)
     )
+
+
+def test_what_a_network_is_does_not_hang_on_its_name():
+    """Old records, which do not say, tell it by the name."""
+    assert (ticket("ratio-0.1", 0.1, 5).kind, ticket("dense", 1.0, 6).kind) == ("scratch", "dense")
+    other = records.TicketRecord(**{**vars(ticket("twin", 1.0, 6)), "kind": "dense"})
+    lines = table(Results([other, ticket("ratio-0.1", 0.1, 5)], None, None, [], None)).splitlines()
+    assert [line[:6] for line in lines[2:4]] == ["dense,", "ticket"]
 
 
 def test_a_page_of_few_results_leaves_out_what_there_is_not(tmp_path):
