@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rst_jax.config import Pattern
 from rst_jax.subnet import is_kernel, kernels, score_shape
 
 Tree = Any
+_PATTERNS: dict[int, Pattern] = {4: "element", 3: "row", 2: "kernel", 1: "filter"}  # by the axes of a score
 
 
 def from_official(
@@ -31,6 +33,25 @@ def from_official(
     Raises:
       ValueError: the file is no such checkpoint, an entry is missing or left over, or a shape does not fit; named.
     """
+    arrays = _entries(Path(path))
+    images = jnp.zeros((1, *image_shape))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    has_scores = any(name.endswith(".scores") for name in arrays)
+
+    take = _Taker(path, arrays)
+    walk = jax.tree_util.tree_map_with_path
+    variables = {
+        "params": walk(take.param, shapes["params"]),
+        "scores": walk(take.score, kernels(shapes["params"])) if has_scores else {},
+        "batch_stats": walk(take.statistic, shapes.get("batch_stats", {})),
+    }
+    if arrays:
+        raise ValueError(f"{path}: entries that the model has no place for: {', '.join(sorted(arrays))}.")
+    return variables
+
+
+def _entries(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint, by their names within the network."""
     import torch
 
     try:
@@ -43,60 +64,50 @@ def from_official(
     if not isinstance(entries, dict) or not entries or not all(isinstance(v, torch.Tensor) for v in entries.values()):
         raise ValueError(f"{path}: expected a dict of tensors, or one under 'state_dict'.")
     arrays = {name.removeprefix("module."): value.numpy() for name, value in entries.items()}
-    arrays = {name: value for name, value in arrays.items() if not name.endswith("num_batches_tracked")}
+    return {name: value for name, value in arrays.items() if not name.endswith("num_batches_tracked")}
 
-    images = jnp.zeros((1, *image_shape))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-    has_scores = any(name.endswith(".scores") for name in arrays)
 
-    def take(name: str) -> np.ndarray:
-        if name not in arrays:
-            raise ValueError(f"{path}: no entry {name!r}; is it a checkpoint of another network?")
-        return arrays.pop(name)
+class _Taker:
+    """Takes entries out of a checkpoint, each as the leaf of ours that it becomes."""
 
-    def official(path_: tuple) -> str:
-        return ".".join(part.key.replace("_", ".") for part in path_)
+    def __init__(self, path: str | Path, arrays: dict[str, np.ndarray]):
+        self.path, self.arrays = path, arrays
 
-    def param(path_: tuple, struct: Any) -> jax.Array:
-        name = official(path_[:-1]) + (".weight" if path_[-1].key == "kernel" else "." + path_[-1].key)
-        value = take(name)
-        if is_kernel(path_, struct):
+    def _take(self, name: str) -> np.ndarray:
+        if name not in self.arrays:
+            raise ValueError(f"{self.path}: no entry {name!r}; is it a checkpoint of another network?")
+        return self.arrays.pop(name)
+
+    def _fitting(self, name: str, value: np.ndarray, shape: tuple[int, ...], told: str = "") -> jax.Array:
+        if value.shape != shape:
+            raise ValueError(f"{self.path}: {name} does not fit; expected {shape}{told}, got {value.shape}.")
+        return jnp.asarray(value)
+
+    def param(self, path: tuple, struct: jax.ShapeDtypeStruct) -> jax.Array:
+        """A kernel, or any other parameter."""
+        name = _official(path[:-1]) + (".weight" if path[-1].key == "kernel" else "." + path[-1].key)
+        value = self._take(name)
+        if is_kernel(path, struct):
             value = _channels_last(value, len(struct.shape))
-        if value.shape != struct.shape:
-            raise ValueError(
-                f"{path}: {name} does not fit; expected {struct.shape} (channels last), got {value.shape}."
-            )
-        return jnp.asarray(value)
+        return self._fitting(name, value, struct.shape, " (channels last)")
 
-    def score(path_: tuple, struct: Any) -> jax.Array:
-        name = official(path_[:-1]) + ".scores"
-        value = take(name)
-        pattern = {4: "element", 3: "row", 2: "kernel", 1: "filter"}.get(value.ndim)
-        shape = score_shape(struct.shape, pattern) if pattern else ()  # type: ignore[arg-type]
-        outward: np.ndarray = value.reshape(
-            value.shape + (1,) * (4 - value.ndim)
-        )  # OIHW, 1 where weights share a score
-        converted = _channels_last(outward, len(struct.shape))
-        if converted.shape != shape:
-            raise ValueError(f"{path}: {name} does not fit; expected {shape} (channels last), got {converted.shape}.")
-        return jnp.asarray(converted)
+    def score(self, path: tuple, struct: jax.ShapeDtypeStruct) -> jax.Array:
+        """The scores of a kernel; their pattern is read off their shape."""
+        name = _official(path[:-1]) + ".scores"
+        value = self._take(name)
+        pattern = _PATTERNS.get(value.ndim)
+        shape = score_shape(struct.shape, pattern) if pattern else ()
+        outward = value.reshape(value.shape + (1,) * (4 - value.ndim))  # OIHW, 1 where weights share a score
+        return self._fitting(name, _channels_last(outward, len(struct.shape)), shape, " (channels last)")
 
-    def statistic(path_: tuple, struct: Any) -> jax.Array:
-        name = f"{official(path_[:-1])}.running_{path_[-1].key}"
-        value = take(name)
-        if value.shape != struct.shape:
-            raise ValueError(f"{path}: {name} does not fit; expected {struct.shape}, got {value.shape}.")
-        return jnp.asarray(value)
+    def statistic(self, path: tuple, struct: jax.ShapeDtypeStruct) -> jax.Array:
+        """A running mean or variance."""
+        name = f"{_official(path[:-1])}.running_{path[-1].key}"
+        return self._fitting(name, self._take(name), struct.shape)
 
-    walk = jax.tree_util.tree_map_with_path
-    variables = {
-        "params": walk(param, shapes["params"]),
-        "scores": walk(score, kernels(shapes["params"])) if has_scores else {},
-        "batch_stats": walk(statistic, shapes.get("batch_stats", {})),
-    }
-    if arrays:
-        raise ValueError(f"{path}: entries that the model has no place for: {', '.join(sorted(arrays))}.")
-    return variables
+
+def _official(path: tuple) -> str:
+    return ".".join(part.key.replace("_", ".") for part in path)
 
 
 def _channels_last(value: np.ndarray, axes: int) -> np.ndarray:

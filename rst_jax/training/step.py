@@ -58,20 +58,11 @@ class Settings:
     unroll: bool = False
 
 
-def make_update(
-    model: nn.Module, optimizer: optax.GradientTransformation, settings: Settings, axis: str | None = None
-) -> Callable[..., tuple[TicketState, dict[str, jax.Array]]]:
-    """The step on one batch: `update(state, images, labels, noise, selection) -> (state, metrics)`.
+def make_part(model: nn.Module, settings: Settings) -> Callable[..., tuple[Tree, Tree, dict[str, jax.Array]]]:
+    """Attack some images and differentiate there: `part(weights, stats, (images, labels, noise))`.
 
-    Args of the result:
-      state: a TicketState.
-      images: [N, H, W, C] in [0, 1]; labels: int [N].
-      noise: where the attack starts, relative to the images; None starts at them.
-      selection: what the target makes masks from: kept counts of every layer (a search), or fixed masks.
-    Metrics are sums over the batch: loss, correct (on adversarial images), count.
-
-    Args:
-      axis: the mesh axis to reduce over; None outside shard_map.
+    It returns the gradient of the mean loss with respect to the weights, the statistics after all its forward passes,
+    and the metrics of `make_update`.
     """
     s = settings
     loss_of = partial(cross_entropy, smoothing=s.label_smoothing)
@@ -97,33 +88,51 @@ def make_update(
             return run(partial(forward, weights), memory=stats)
         return run(lambda x: model.apply({"params": weights, "batch_stats": stats}, x, train=False)), stats
 
+    def part(weights: Tree, stats: Tree, batch: tuple) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+        images, labels, noise = batch
+        adversarial, stats = attack(weights, images, labels, noise, stats)
+        adversarial = lax.stop_gradient(adversarial)
+
+        def loss_at(weights: Tree) -> tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]:
+            logits, after = forward(weights, adversarial, stats)
+            losses = loss_of(logits, labels)
+            metrics = {
+                "loss": jnp.sum(losses).astype(jnp.float32),
+                "correct": jnp.sum(correct(logits, labels), dtype=jnp.float32),
+                "count": jnp.float32(labels.shape[0]),
+            }
+            return jnp.mean(losses), (after, metrics)
+
+        gradient, (stats, metrics) = jax.grad(loss_at, has_aux=True)(weights)
+        return gradient, stats, metrics
+
+    return part
+
+
+def make_update(
+    model: nn.Module, optimizer: optax.GradientTransformation, settings: Settings, axis: str | None = None
+) -> Callable[..., tuple[TicketState, dict[str, jax.Array]]]:
+    """The step on one batch: `update(state, images, labels, noise, selection) -> (state, metrics)`.
+
+    Args of the result:
+      state: a TicketState.
+      images: [N, H, W, C] in [0, 1]; labels: int [N].
+      noise: where the attack starts, relative to the images; None starts at them.
+      selection: what the target makes masks from: kept counts of every layer (a search), or fixed masks.
+    Metrics are sums over the batch: loss, correct (on adversarial images), count.
+
+    Args:
+      axis: the mesh axis to reduce over; None outside shard_map.
+    """
+    s, differentiate = settings, make_part(model, settings)
+
     def update(
         state: TicketState, images: jax.Array, labels: jax.Array, noise: Any, selection: Tree
     ) -> tuple[TicketState, dict[str, jax.Array]]:
         chex.assert_rank([images, labels], [4, 1])
         masks, trained = s.target.masks(state, selection), s.target.trained(state)
-
-        def part(stats: Tree, batch: tuple) -> tuple[Tree, Tree, dict[str, jax.Array]]:
-            """Attack a part of the batch: the gradient of its mean loss, the statistics after it, its metrics."""
-            images, labels, noise = batch
-            adversarial, stats = attack(weights, images, labels, noise, stats)
-            adversarial = lax.stop_gradient(adversarial)
-
-            def loss_at(weights: Tree) -> tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]:
-                logits, after = forward(weights, adversarial, stats)
-                losses = loss_of(logits, labels)
-                metrics = {
-                    "loss": jnp.sum(losses).astype(jnp.float32),
-                    "correct": jnp.sum(correct(logits, labels), dtype=jnp.float32),
-                    "count": jnp.float32(labels.shape[0]),
-                }
-                return jnp.mean(losses), (after, metrics)
-
-            gradient, (stats, metrics) = jax.grad(loss_at, has_aux=True)(weights)
-            return gradient, stats, metrics
-
         weights, pull_back = jax.vjp(lambda trained: s.target.weights(state, trained, masks), trained)
-        batch, stats = (images, labels, noise), state.batch_stats
+        part, batch, stats = partial(differentiate, weights), (images, labels, noise), state.batch_stats
         if s.accumulate == 1:
             gradient, stats, metrics = part(stats, batch)
         else:
@@ -135,8 +144,7 @@ def make_update(
             gradient, stats = lax.pmean((gradient, stats), axis)
             metrics = lax.psum(metrics, axis)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
-        trained = optax.apply_updates(trained, s.target.allowed(updates, masks))
-        state = s.target.updated(state, trained)
+        state = s.target.updated(state, optax.apply_updates(trained, s.target.allowed(updates, masks)))
         return state.replace(step=state.step + 1, batch_stats=stats, opt_state=opt_state), metrics  # type: ignore[attr-defined]
 
     return update
@@ -187,26 +195,12 @@ def make_train_step(
     Raises:
       ValueError: the devices, or the parts of a device's batch, cannot share it evenly.
     """
-    update = make_update(model, optimizer, settings, AXIS)
     per_device = rows // mesh.size
     if per_device * mesh.size != rows or not rows:
         raise ValueError(f"a batch of {rows} images cannot be split over {mesh.size} devices; take a multiple.")
     if per_device % settings.accumulate:
         raise ValueError(f"{per_device} images a device cannot be accumulated in {settings.accumulate} equal parts.")
-
-    def one(
-        state: TicketState, data: Images, order: jax.Array, first: jax.Array, selection: Tree, key: jax.Array
-    ) -> tuple[TicketState, dict[str, jax.Array]]:
-        place = jnp.arange(per_device, dtype=jnp.int32)
-        if not streamed:
-            place = order[first + lax.axis_index(AXIS) * per_device + place]
-        dtype = jax.tree.leaves(state.params)[0].dtype
-        images, labels, ids = data.take(place, dtype)
-        keys = example_keys(jax.random.fold_in(key, state.step), ids)
-        crop_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        images = augment(crop_keys, images, settings.crop_padding, settings.flip)
-        noise = settings.threat.noise(noise_keys, images) if settings.attack.random_start else None
-        return update(state, images, labels, noise, selection)
+    update, batch_of = make_update(model, optimizer, settings, AXIS), _make_batch(settings, per_device, streamed)
 
     def steps(
         state: TicketState,
@@ -218,12 +212,16 @@ def make_train_step(
         count: jax.Array,
     ) -> tuple[TicketState, dict[str, jax.Array]]:
         key = jax.random.wrap_key_data(key)
+
+        def one(state: TicketState, first: jax.Array) -> tuple[TicketState, dict[str, jax.Array]]:
+            return update(state, *batch_of(state, data, order, first, key), selection)
+
         if not many:
-            return one(state, data, order, first, selection, key)
+            return one(state, first)
 
         def body(i: jax.Array, carry: tuple) -> tuple:
             state, total = carry
-            state, metrics = one(state, data, order, first + i * batch_size, selection, key)
+            state, metrics = one(state, first + i * batch_size)
             return state, jax.tree.map(jnp.add, total, metrics)
 
         zero = {name: jnp.zeros((), jnp.float32) for name in ("loss", "correct", "count")}
@@ -233,3 +231,23 @@ def make_train_step(
     specs = (replicated, PartitionSpec(AXIS) if streamed else replicated, *[replicated] * 5)
     mapped = jax.shard_map(steps, mesh=mesh, in_specs=specs, out_specs=replicated, check_vma=False)
     return jax.jit(mapped, donate_argnums=0)
+
+
+def _make_batch(settings: Settings, per_device: int, streamed: bool) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
+    """A device's part of a batch, augmented: `batch(state, data, order, first, key) -> (images, labels, noise)`."""
+
+    def batch(
+        state: TicketState, data: Images, order: jax.Array, first: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        place = jnp.arange(per_device, dtype=jnp.int32)
+        if not streamed:
+            place = order[first + lax.axis_index(AXIS) * per_device + place]
+        dtype = jax.tree.leaves(state.params)[0].dtype
+        images, labels, ids = data.take(place, dtype)
+        keys = example_keys(jax.random.fold_in(key, state.step), ids)
+        crop_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        images = augment(crop_keys, images, settings.crop_padding, settings.flip)
+        noise = settings.threat.noise(noise_keys, images) if settings.attack.random_start else None
+        return images, labels, noise
+
+    return batch
