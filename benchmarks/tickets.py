@@ -51,7 +51,7 @@ def contenders(width: int, batch: int) -> dict[str, Callable[[], Any]]:
     own = [(state.scores, state.batch_stats, state.opt_state)] * len(RATIOS)
     scores, stats, opt_state = stacked(own)
     all_states = dataclasses.replace(state, scores=scores, batch_stats=stats, opt_state=opt_state)
-    axes: Any = TicketState(None, None, 0, 0, 0)  # type: ignore[arg-type]
+    axes: Any = TicketState(None, None, 0, 0, 0)
     single = jax.jit(update)
     together = jax.jit(jax.vmap(update, in_axes=(axes, None, None, None, 0), out_axes=(axes, 0)))
     counts = stacked(kept)

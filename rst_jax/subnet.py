@@ -5,12 +5,14 @@ with one leaf for each kernel (a leaf named "kernel" of two or more axes, channe
 score's shape is the kernel's with the axes that share it reduced to 1, so that masks broadcast.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Bool, Float, Int
 
 from rst_jax.config import Pattern
 
@@ -66,7 +68,7 @@ def kept_counts(scores: Tree, remaining_ratio: float) -> Tree:
     return jax.tree_util.tree_map_with_path(count, scores)
 
 
-def _counts(*conditions: jax.Array) -> list[jax.Array]:
+def _counts(*conditions: Bool[jax.Array, "*scores"]) -> Sequence[Int[jax.Array, ""]]:
     """How often each of several conditions of one shape holds, in one reduction."""
     ones = tuple(condition.astype(jnp.int32) for condition in conditions)
     zeros = tuple(jnp.zeros((), jnp.int32) for _ in conditions)
@@ -100,7 +102,7 @@ def _index(shape: tuple[int, ...]) -> jax.Array:
     return index
 
 
-def top_k_mask(scores: jax.Array, kept: jax.Array | int) -> jax.Array:
+def top_k_mask(scores: Float[jax.Array, "*scores"], kept: jax.Array | np.ndarray | int) -> Bool[jax.Array, "*scores"]:
     """Boolean mask of exactly `kept` scores: the largest |score|; among equals the later index wins.
 
     The index counts in the released code's order (out, in, height, width). `kept` may be traced, so one
@@ -124,7 +126,9 @@ def top_k_mask(scores: jax.Array, kept: jax.Array | int) -> jax.Array:
 
 
 @jax.custom_vjp
-def straight_through(weights: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
+def straight_through(
+    weights: Float[jax.Array, "*weights"], scores: Float[jax.Array, "*scores"], mask: Bool[jax.Array, "*scores"]
+) -> Float[jax.Array, "*weights"]:
     """weights * mask, with edge-popup's straight-through gradient for the scores (Ramanujan et al., 2020).
 
     d loss / d score = sign(score) * sum over the score's group of (d loss / d weight * weight), for every score,

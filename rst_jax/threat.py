@@ -8,27 +8,29 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+from jaxtyping import Bool, Float, Key, Shaped
 
 Array = Any  # NumPy's or JAX's
+Images = Float[Array, "n *pixels"]
 _ROUNDING = 1e-6  # of float32 images, over the largest value of the box or 1
 
 
-def per_example(values: Array, like: Array) -> Array:
+def per_example(values: Shaped[Array, " n"], like: Shaped[Array, "n ..."]) -> Shaped[Array, "n ..."]:
     """[N] as [N, 1, ...], to go with an array [N, ...]."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def l2_norm(x: Array) -> Array:
+def l2_norm(x: Float[Array, "n ..."]) -> Float[Array, " n"]:
     """The Euclidean norm of each example: [N] of [N, ...]."""
     return x.__array_namespace__().sqrt((x * x).sum(axis=pixels(x)))
 
 
-def pixels(x: Array) -> tuple[int, ...]:
+def pixels(x: Shaped[Array, "n ..."]) -> tuple[int, ...]:
     """The axes of [N, ...] but the first; on a CPU, sums over them all are quicker than over one long axis."""
     return tuple(range(1, x.ndim))
 
 
-def ball(drawn: Array, like: Array) -> Array:
+def ball(drawn: Float[Array, "n draws"], like: Images) -> Images:
     """Uniform points of the unit L2 ball, [N, ...], of normal draws [N, pixels + 2].
 
     Over their norm the draws are uniform on a sphere, and so is in the ball what is left of it without two coordinates.
@@ -60,30 +62,30 @@ class ThreatModel:
         if not isinstance(self.eps, jax.core.Tracer) and not self.eps >= 0:
             raise ValueError(f"eps must be at least 0; got {self.eps}.")
 
-    def noise(self, keys: jax.Array, images: jax.Array) -> jax.Array:
+    def noise(self, keys: Key[jax.Array, " n"], images: Images) -> Images:
         """A uniform draw from the ball for each image, from its own key: [N, ...] for keys [N]."""
         shape, dtype = images.shape[1:], images.dtype
         if self.norm == "linf":
             return jax.vmap(lambda k: jax.random.uniform(k, shape, dtype, -self.eps, self.eps))(keys)
         return self.eps * ball(jax.vmap(lambda k: jax.random.normal(k, (images[0].size + 2,), dtype))(keys), images)
 
-    def steepest(self, gradient: Array) -> Array:
+    def steepest(self, gradient: Images) -> Images:
         """The unit step along which a linear function grows fastest: sign, or the gradient over its norm."""
         return gradient.__array_namespace__().sign(gradient) if self.norm == "linf" else self.unit(gradient)
 
-    def unit(self, x: Array) -> Array:
+    def unit(self, x: Images) -> Images:
         """x over its norm: [N, ...] of norm one each (zero stays zero)."""
         return x / (per_example(self.length(x), x) + 1e-12)
 
-    def clip(self, x: Array) -> Array:
+    def clip(self, x: Images) -> Images:
         """Into the box."""
         return x.clip(self.lower, self.upper)
 
-    def ascend(self, adversarial: Array, gradient: Array, size: Array | float, images: Array) -> Array:
+    def ascend(self, adversarial: Images, gradient: Images, size: Array | float, images: Images) -> Images:
         """A step of `size` (a number, or [N, 1, ...]) along the steepest ascent, projected."""
         return self.project(adversarial + size * self.steepest(gradient), images)
 
-    def project(self, adversarial: Array, images: Array) -> Array:
+    def project(self, adversarial: Images, images: Images) -> Images:
         """Into the ball around `images`, then into the box (the images lie in it, so the ball is not left again)."""
         if self.norm == "linf":
             return self.clip(adversarial.clip(images - self.eps, images + self.eps))
@@ -91,15 +93,15 @@ class ThreatModel:
         shrink = xp.minimum(1.0, self.eps / xp.maximum(l2_norm(delta), 1e-12)).astype(delta.dtype)
         return self.clip(images + delta * per_example(shrink, delta))
 
-    def length(self, move: Array) -> Array:
+    def length(self, move: Images) -> Float[Array, " n"]:
         """Of each move, its norm: [N] of [N, ...]."""
         return abs(move).max(axis=pixels(move), initial=0) if self.norm == "linf" else l2_norm(move)
 
-    def distance(self, adversarial: Array, images: Array) -> Array:
+    def distance(self, adversarial: Images, images: Images) -> Float[Array, " n"]:
         """How far each image was moved, in the norm: [N]."""
         return self.length(adversarial - images)
 
-    def violations(self, adversarial: Array, images: Array) -> Array:
+    def violations(self, adversarial: Images, images: Images) -> Bool[Array, " n"]:
         """Which images left the ball or the box by more than float32 rounds, or are not finite: bool [N]."""
         # Comparisons that hold of no NaN.
         slack = _ROUNDING * max(1, abs(self.lower), abs(self.upper))

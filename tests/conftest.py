@@ -1,4 +1,4 @@
-"""Four fake CPU devices and strict dtype promotion, for every test."""
+"""Four fake CPU devices, strict dtype promotion, and shapes checked where functions name them, for every test."""
 
 import os
 
@@ -6,5 +6,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+from jaxtyping import install_import_hook
+
+import tests.checking  # noqa: F401  (the hook finds it by name)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Of these rooms every call is checked against its annotations; the hook must come before they are imported.
+ROOMS = ("losses", "threat", "subnet", "initializers", "data.pipeline", "attacks", "training")
+install_import_hook([f"rst_jax.{room}" for room in ROOMS], "tests.checking.checked")

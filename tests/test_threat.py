@@ -2,6 +2,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -92,7 +93,8 @@ def test_violations_are_seen():
     np.testing.assert_array_equal(ThreatModel(0.1).violations(moved, images), [False, True, True, True, False])
 
 
-def test_refusals():
+def test_refusals(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as where annotations are not checked
     with pytest.raises(ValueError, match="norm must be"):
         ThreatModel(0.1, "l1")
     with pytest.raises(ValueError, match="at least 0"):

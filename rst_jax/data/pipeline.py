@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Int, Key
 
 
 @flax.struct.dataclass
@@ -27,17 +28,19 @@ class Images:
         return images, self.labels[index], self.ids[index]
 
 
-def epoch_order(key: jax.Array, epoch: jax.Array, n: int) -> jax.Array:
+def epoch_order(key: Key[jax.Array, ""], epoch: Int[jax.Array, ""] | int, n: int) -> Int[jax.Array, " {n}"]:
     """The order of the n training examples in an epoch: int32 [n]."""
     return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(n, dtype=jnp.int32))
 
 
-def example_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
+def example_keys(key: Key[jax.Array, ""], ids: Int[jax.Array, " n"]) -> Key[jax.Array, " n"]:
     """A key for each example, from its id: [N]."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
 
 
-def augment(keys: jax.Array, images: jax.Array, crop_padding: int, flip: bool) -> jax.Array:
+def augment(
+    keys: Key[jax.Array, " n"], images: Float[jax.Array, "n h w c"], crop_padding: int, flip: bool
+) -> Float[jax.Array, "n h w c"]:
     """Random crops of zero-padded images, mirrored with probability 1/2; one key an image."""
     if not crop_padding and not flip:
         return images

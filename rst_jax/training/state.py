@@ -3,7 +3,6 @@
 from typing import Any
 
 import flax.struct
-import jax
 
 Tree = Any
 
@@ -13,14 +12,14 @@ class TicketState:
     """Everything that a step reads and writes.
 
     Attributes:
-      step: steps done, int32.
+      step: steps done, int32 [].
       params: the weights; frozen in a search.
       scores: what a search trains; fixed in fine-tuning and dense training.
       batch_stats: running statistics.
       opt_state: optax's.
     """
 
-    step: jax.Array
+    step: Any
     params: Tree
     scores: Tree
     batch_stats: Tree
