@@ -211,14 +211,13 @@ def _gallery(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
     """A few test images and their adversarial ones for the most robust ticket, for the report."""
     best = max(range(len(_drawn(tickets))), key=lambda i: tickets[i].meta["selection_robust"])
     adversarial = crossed.shown[best]
-    split = run.dataset.test.take(crossed.shown_index[best])
-    clean = run.dataset.scaled(split)
+    clean, labels, _ = run.dataset.test.batch(crossed.shown_index[best])
     said = [np.argmax(run.evaluator.logits(tickets[best].variables, x), -1) for x in (clean, adversarial)]
     if run.is_main:
         arrays = {
             "clean": clean,
             "adversarial": adversarial,
-            "labels": split.labels,
+            "labels": labels,
             "clean_prediction": said[0],
             "adversarial_prediction": said[1],
             "names": np.asarray(run.dataset.class_names),
@@ -230,7 +229,7 @@ def _gallery(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
 def _cards(run: Run, tickets: list[Ticket]) -> None:
     """The evaluation card of every ticket; programs are shared between them."""
     c, data = run.config, run.dataset
-    images, test = data.scaled(data.test), data.test
+    images, labels, ids = data.test.batch()
     driver = Driver(run.mesh, c.evaluate.batch_size, run.key("evaluate"))
     for ticket in tickets:
         name = ticket.meta["name"]
@@ -239,8 +238,8 @@ def _cards(run: Run, tickets: list[Ticket]) -> None:
             driver,
             of_ticket(ticket),
             images,
-            test.labels,
-            test.ids,
+            labels,
+            ids,
             run.evaluator.threat,
             attacks=c.evaluate.card,
             folder=run.workdir / "results" / "cards" / f"{name}-{c.evaluate.card}",

@@ -14,6 +14,7 @@ import numpy as np
 from rst_jax import subnet
 from rst_jax.config import Config
 from rst_jax.data import load_dataset
+from rst_jax.data.feed import Feed, batch_sizes
 from rst_jax.evaluation.accuracy import Evaluator
 from rst_jax.models import ModelSpec
 from rst_jax.records import provenance
@@ -22,7 +23,7 @@ from rst_jax.runtime.mesh import AXIS, from_main, is_main, make_mesh, on_cpu, on
 from rst_jax.runtime.progress import Say
 from rst_jax.runtime.workdir import hold, read_record, refuse_foreign
 from rst_jax.tickets.ticket import Ticket, load_ticket
-from rst_jax.training.loop import Trainer, batch_sizes
+from rst_jax.training.loop import Trainer
 from rst_jax.training.metrics import MetricsWriter
 from rst_jax.training.state import init_variables
 
@@ -78,10 +79,14 @@ class Run:
                 bn_axis=AXIS if self.config.bn_sync else None,
                 remat=self.config.remat,
             ),
-            self.mesh,
-            self.dataset.train,
-            self.dataset.levels,
-            {"order": self.key("order"), "step": self.key("step")},
+            Feed(
+                self.dataset.train,
+                self.config.batch_size,
+                self.mesh,
+                {"order": self.key("order"), "step": self.key("step")},
+                steps_per_dispatch=self.config.steps_per_dispatch,
+                log_every_steps=self.config.log_every_steps,
+            ),
             self.workdir,
             MetricsWriter(self.workdir, self.is_main),
             self.say,
