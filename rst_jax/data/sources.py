@@ -1,7 +1,7 @@
 """Where images come from: the embedded digits, array files, TFDS.
 
-All of them end as a `Dataset`: training, held-out and test images as integers, with the constants that turn
-them into a network's input. Those of the datasets in `STREAMED` stay on the disk.
+All of them end as a `Dataset`: training, held-out and test images as integers, with the constants that turn them into a
+network's input. Those that the catalogue calls streamed stay on the disk, and their labels with them.
 """
 
 import dataclasses
@@ -11,35 +11,53 @@ from pathlib import Path
 import numpy as np
 
 from rst_jax.config import Config
+from rst_jax.data.catalog import CATALOG
 from rst_jax.data.stream import EncodedImages, streamed_split
 from rst_jax.records import digest
 from rst_jax.runtime.files import read_arrays
 
-# Of each channel, on the [0, 1] scale; other datasets use those of their own training images.
-STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "svhn_cropped": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-# TFDS datasets that are decoded batch by batch: the side of their images in pixels, the split that tests.
-STREAMED: dict[str, tuple[int, str]] = {"imagenet2012": (224, "validation")}
-
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images uint8 [N, H, W, C] and labels int32 [N]; an example's id is its place in the source's split."""
+    """A split of a dataset, or a part of one.
+
+    Attributes:
+      images: uint8 [N, H, W, C], in memory or encoded.
+      labels: int32 [N]; None where the images are encoded: a label is read with its image, by `batch`.
+      ids: an example's place in the source's split, int32 [N].
+      levels: the integer that means 1.0 (255; 16 for the digits).
+    """
 
     images: np.ndarray | EncodedImages
-    labels: np.ndarray
+    labels: np.ndarray | None
     ids: np.ndarray
+    levels: int = 255
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.ids)
 
     def take(self, index: np.ndarray) -> "Split":
         """The examples at `index`, with their ids; encoded images stay so."""
         images = self.images.take(index) if isinstance(self.images, EncodedImages) else self.images[index]
-        return Split(images, self.labels[index], self.ids[index])
+        labels = None if self.labels is None else self.labels[index]
+        return dataclasses.replace(self, images=images, labels=labels, ids=self.ids[index])
+
+    def batch(self, index: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The examples at `index` (all of them), read once: images float32 in [0, 1], labels and ids int32 [n].
+
+        Raises:
+          ValueError: an encoded image cannot be read or decoded; it is named.
+        """
+        if isinstance(self.images, EncodedImages):
+            images, labels = self.images.labelled(index)
+        else:
+            assert self.labels is not None
+            images, labels = self.images[index], self.labels[index]
+        return images.astype(np.float32) / np.float32(self.levels), labels, self.ids[index]
+
+    def scaled(self) -> np.ndarray:
+        """All images as float32 in [0, 1]."""
+        return self.images[:].astype(np.float32) / np.float32(self.levels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +65,6 @@ class Dataset:
     """A dataset, in memory or streamed.
 
     Attributes:
-      levels: the integer that means 1.0 (255; 16 for the digits).
       mean, std: of each channel, on the [0, 1] scale.
     """
 
@@ -56,7 +73,6 @@ class Dataset:
     holdout: Split
     test: Split
     num_classes: int
-    levels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
@@ -65,10 +81,6 @@ class Dataset:
     def digest(self) -> str:
         """SHA-256 of all images and labels; of streamed images, of what they are called, their shape and ids."""
         return digest({k: _content(s) for k, s in vars(self).items() if isinstance(s, Split)})
-
-    def scaled(self, split: Split) -> np.ndarray:
-        """The images of a split as float32 in [0, 1]."""
-        return split.images[:].astype(np.float32) / np.float32(self.levels)
 
 
 def load_dataset(config: Config) -> Dataset:
@@ -80,7 +92,7 @@ def load_dataset(config: Config) -> Dataset:
     Raises:
       ValueError: missing or malformed data; the message says what to do.
     """
-    train, test, names, levels = _splits(config.dataset, config.data_dir, config.data_path)
+    train, test, names = _splits(config.dataset, config.data_dir, config.data_path)
     if config.holdout >= len(train):
         raise ValueError(
             f"config: holdout must be smaller than the {len(train)} training images; got {config.holdout}."
@@ -94,10 +106,12 @@ def load_dataset(config: Config) -> Dataset:
         rest = rest.take(np.arange(min(config.train_examples, len(rest))))
     if config.evaluate.examples:
         test = test.take(np.arange(min(config.evaluate.examples, len(test))))
-    mean, std = STATISTICS.get(config.dataset) or _statistics(np.asarray(rest.images), levels)
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
-    names = names or tuple(str(i) for i in range(classes))
-    return Dataset(config.dataset, rest, held_out, test, len(names), levels, mean, std, names)
+    facts = CATALOG.get(config.dataset)
+    if facts and facts.mean and facts.std:
+        mean, std = facts.mean, facts.std
+    else:
+        mean, std = _statistics(np.asarray(rest.images), rest.levels)
+    return Dataset(config.dataset, rest, held_out, test, len(names), mean, std, names)
 
 
 def load_test(name: str, data_dir: str, data_path: str, examples: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -106,23 +120,23 @@ def load_test(name: str, data_dir: str, data_path: str, examples: int = 0) -> tu
     Raises:
       ValueError: missing or malformed data; the message says what to do.
     """
-    _, test, _, levels = _splits(name, data_dir, data_path)
-    test = test.take(np.arange(min(examples or len(test), len(test))))
-    return test.images[:].astype(np.float32) / np.float32(levels), test.labels, test.ids
+    _, test, _ = _splits(name, data_dir, data_path)
+    return test.batch(slice(examples or None))
 
 
-def _splits(name: str, data_dir: str, data_path: str) -> tuple[Split, Split, tuple[str, ...], int]:
-    """Training and test images, the classes' names if they are known, and the integer that means 1.0."""
-    if name == "digits":
-        return *_digits(), (), 16
-    if name == "npz":
-        return *_npz(Path(data_path).expanduser()), (), 255
-    return *_tfds(name, Path(data_dir).expanduser()), 255
+def _splits(name: str, data_dir: str, data_path: str) -> tuple[Split, Split, tuple[str, ...]]:
+    """Training and test images, and the classes' names: their numbers, if nothing else is known."""
+    if name not in ("digits", "npz"):
+        return _tfds(name, Path(data_dir).expanduser())
+    train, test = _digits() if name == "digits" else _npz(Path(data_path).expanduser())
+    classes = 1 + max(int(split.labels.max()) for split in (train, test) if split.labels is not None)
+    return train, test, tuple(str(i) for i in range(classes))
 
 
 def _content(split: Split) -> tuple[np.ndarray, ...]:
     if isinstance(split.images, EncodedImages):
-        return np.asarray(split.images.name), np.asarray(split.images.shape), split.labels, split.ids
+        return np.asarray(split.images.name), np.asarray(split.images.shape), split.ids
+    assert split.labels is not None
     return split.images, split.labels
 
 
@@ -136,8 +150,9 @@ def _statistics(images: np.ndarray, levels: int) -> tuple[tuple[float, ...], tup
     return tuple(round(v, 4) for v in mean), tuple(round(v, 4) for v in std)
 
 
-def _split(images: np.ndarray | EncodedImages, labels: np.ndarray) -> Split:
-    return Split(images, np.asarray(labels, np.int32), np.arange(len(labels), dtype=np.int32))
+def _split(images: np.ndarray | EncodedImages, labels: np.ndarray | None, levels: int = 255) -> Split:
+    labels = None if labels is None else np.asarray(labels, np.int32)
+    return Split(images, labels, np.arange(len(images), dtype=np.int32), levels)
 
 
 def _digits() -> tuple[Split, Split]:
@@ -147,7 +162,8 @@ def _digits() -> tuple[Split, Split]:
     bunch = load_digits()
     images, labels = bunch.images.astype(np.uint8)[..., None], bunch.target
     is_test = np.arange(len(labels)) % 5 == 0
-    return _split(images[~is_test], labels[~is_test]), _split(images[is_test], labels[is_test])
+    levels = CATALOG["digits"].levels
+    return _split(images[~is_test], labels[~is_test], levels), _split(images[is_test], labels[is_test], levels)
 
 
 def _npz(path: Path) -> tuple[Split, Split]:
@@ -191,14 +207,15 @@ def _tfds(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # TFDS advises OpenCV at every start
-    size, test = STREAMED.get(name, (0, "test"))
+    facts = CATALOG.get(name)
+    size, test = (facts.streamed, facts.test) if facts else (0, "test")
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         classes = tuple(builder.info.features["label"].names)
         splits = []
         for part in ("train", test):
             if size:
-                splits.append(_split(*streamed_split(builder, part, size)))
+                splits.append(_split(streamed_split(builder, part, size), None))
                 continue
             examples = list(builder.as_data_source(part))
             splits.append(_split(np.stack([e["image"] for e in examples]), np.asarray([e["label"] for e in examples])))

@@ -1,9 +1,9 @@
 """Images that stay encoded until they are asked for: datasets of JPEG files of any size that no memory holds.
 
-A split then is its records on the disk and its labels; a batch is decoded when it is indexed, by all cores.
+A split then is its records on the disk; a batch of images and their labels is read and decoded when it is indexed, by
+all cores.
 """
 
-import contextlib
 import io
 import math
 import os
@@ -11,17 +11,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
-
-from rst_jax.runtime.files import read_arrays, write_arrays
 
 T = TypeVar("T")
-_RECORDS_A_READ = 256
+Record = tuple[bytes, int]  # an encoded image and its label
 
 
 class EncodedImages:
@@ -29,14 +25,14 @@ class EncodedImages:
 
     Args:
       name: dataset, version and split, to tell in messages and digests.
-      read: the encoded images at some places of the split, `read(list of int) -> list of bytes`; thread-safe.
+      read: the records at some places of the split, encoded images with their labels; thread-safe.
       ids: the places of these images in the split, int [N].
       size: height and width of the decoded images, in pixels.
     """
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, name: str, read: Callable[[list[int]], list[bytes]], ids: np.ndarray, size: int):
+    def __init__(self, name: str, read: Callable[[list[int]], list[Record]], ids: np.ndarray, size: int):
         self.name, self.ids, self.size = name, ids, size
         self._read = read
 
@@ -54,14 +50,18 @@ class EncodedImages:
         Raises:
           ValueError: an image cannot be read or decoded; its dataset, split and id are named.
         """
+        return self.labelled(index)[0]
+
+    def labelled(self, index: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As an index, with the labels, int32 [n], of the same records."""
         return self._decoded(self.ids[index], lambda encoded, id_: centre_crop(encoded, self.size))
 
     def take(self, index: np.ndarray) -> "EncodedImages":
         """The images at `index`, still encoded."""
         return EncodedImages(self.name, self._read, self.ids[index], self.size)
 
-    def crops(self, index: np.ndarray, key: np.ndarray, epoch: int) -> np.ndarray:
-        """The images at `index` for training, random resized crops: uint8 [n, size, size, 3].
+    def crops(self, index: np.ndarray, key: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples at `index` for training: random resized crops, uint8 [n, size, size, 3], and labels, int32 [n].
 
         An image's crop follows from the key data (uint32 [2]), the epoch (from 0) and the image's id alone.
 
@@ -76,7 +76,7 @@ class EncodedImages:
 
         return self._decoded(self.ids[index], crop)
 
-    def _decoded(self, ids: np.ndarray, decode: Callable[[bytes, int], np.ndarray]) -> np.ndarray:
+    def _decoded(self, ids: np.ndarray, decode: Callable[[bytes, int], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         if np.ndim(ids) != 1:
             raise TypeError("encoded images are indexed by a slice or an array of integers [n].")
         places = [int(i) for i in ids]
@@ -89,12 +89,12 @@ class EncodedImages:
 
         def one(row: int) -> None:
             try:
-                images[row] = decode(found[row], places[row])
+                images[row] = decode(found[row][0], places[row])
             except Exception as error:  # Pillow raises another kind for each way in which a file is broken
                 raise ValueError(f"{self.name}, example {places[row]}: not a readable image ({error}).") from error
 
         list(_decoders().map(one, range(len(places))))
-        return images
+        return images, np.asarray([label for _, label in found], np.int32)
 
 
 @cache
@@ -148,38 +148,17 @@ def _random_box(width: int, height: int, generator: np.random.Generator) -> tupl
     return (width - wide) // 2, (height - high) // 2, wide, high
 
 
-def streamed_split(builder: Any, part: str, size: int) -> tuple[EncodedImages, np.ndarray]:
-    """Split `part` of a TFDS dataset prepared in array_record format: its images, and its labels, int32 [N]."""
+def streamed_split(builder: Any, part: str, size: int) -> EncodedImages:
+    """Split `part` of a TFDS dataset prepared in array_record format."""
     import tensorflow_datasets as tfds
 
     source = builder.as_data_source(part, decoders={"image": tfds.decode.SkipDecoding()})
     name = f"{builder.info.full_name}, split {part} of {len(source)} images"
-    labels = _labels(source, Path(builder.data_path) / f"rst_jax-labels-{part}.npz")
 
-    def read(places: list[int]) -> list[bytes]:
-        return [example["image"] for example in source.__getitems__(places)]
+    def read(places: list[int]) -> list[Record]:
+        return [(example["image"], example["label"]) for example in source.__getitems__(places)]
 
-    return EncodedImages(name, read, np.arange(len(source), dtype=np.int32), size), labels
-
-
-def _labels(source: Any, path: Path) -> np.ndarray:
-    """The labels of all records, int32 [N], from `path` in their folder, or from the records, and then kept there.
-
-    A label lies in the record of its image, so that the first time every image is read, though not decoded.
-    """
-    n = len(source)
-    with contextlib.suppress(ValueError, KeyError):
-        if (kept := read_arrays(path)["labels"]).shape == (n,):
-            return kept
-    labels = np.empty(n, np.int32)
-    with tqdm(total=n, desc=path.stem, unit="record", leave=False, disable=None) as bar:
-        for first in range(0, n, _RECORDS_A_READ):
-            places = list(range(first, min(first + _RECORDS_A_READ, n)))
-            labels[places] = [example["label"] for example in source.__getitems__(places)]
-            bar.update(len(places))
-    with contextlib.suppress(OSError):  # a folder that only others may write
-        write_arrays(path, {"labels": labels})
-    return labels
+    return EncodedImages(name, read, np.arange(len(source), dtype=np.int32), size)
 
 
 def prefetched(batches: Iterable[T], depth: int) -> Generator[T, None, None]:

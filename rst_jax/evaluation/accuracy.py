@@ -99,8 +99,7 @@ class Evaluator:
         """
         attacked, judges = replicate(attacked, self.mesh), [replicate(v, self.mesh) for v in judges]
         n, size = len(split), self.batch_size
-        parts = (split.take(np.arange(first, min(first + size, n))) for first in range(0, n, size))
-        batches = prefetched(((dataset.scaled(part), part.labels, part.ids) for part in parts), _AHEAD)
+        batches = prefetched((split.batch(slice(first, first + size)) for first in range(0, n, size)), _AHEAD)
         with contextlib.closing(batches), progress(n, 0, self.attack_record.name, "image") as bar:
             for batch in batches:
                 yield self._judge(attacked, judges, *batch)

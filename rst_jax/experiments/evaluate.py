@@ -31,14 +31,13 @@ def _gallery(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
     drawn = [i for i, ticket in enumerate(tickets) if ticket.kind == "scratch"]
     best = max(drawn, key=lambda i: tickets[i].origin.selection_robust or 0.0)
     adversarial = crossed.shown[best]
-    split = run.dataset.test.take(crossed.shown_index[best])
-    clean = run.dataset.scaled(split)
+    clean, labels, _ = run.dataset.test.batch(crossed.shown_index[best])
     said = [np.argmax(run.evaluator.logits(tickets[best].variables, x), -1) for x in (clean, adversarial)]
     if run.is_main:
         arrays = {
             "clean": clean,
             "adversarial": adversarial,
-            "labels": split.labels,
+            "labels": labels,
             "clean_prediction": said[0],
             "adversarial_prediction": said[1],
             "names": np.asarray(run.dataset.class_names),
@@ -55,7 +54,7 @@ def cards(run: Run) -> None:
     c, data = run.config, run.dataset
     if c.evaluate.card == "pgd":
         return
-    images, test = data.scaled(data.test), data.test
+    images, labels, ids = data.test.batch()
     driver = Driver(run.mesh, c.evaluate.batch_size, run.key("evaluate"))
     for ticket in run.tickets():
         run.say(f"{ticket.name}: the {c.evaluate.card} card")
@@ -63,8 +62,8 @@ def cards(run: Run) -> None:
             driver,
             of_ticket(ticket),
             images,
-            test.labels,
-            test.ids,
+            labels,
+            ids,
             run.evaluator.threat,
             attacks=c.evaluate.card,
             folder=run.workdir / "results" / "cards" / f"{ticket.name}-{c.evaluate.card}",

@@ -13,6 +13,7 @@ import numpy as np
 from rst_jax import subnet
 from rst_jax.config import Config
 from rst_jax.data import load_dataset
+from rst_jax.data.feed import Feed, batch_sizes
 from rst_jax.evaluation.accuracy import Evaluator
 from rst_jax.initializers import init_variables
 from rst_jax.models import ModelSpec
@@ -23,7 +24,7 @@ from rst_jax.runtime.progress import Say
 from rst_jax.runtime.workdir import Claim, dotted
 from rst_jax.tickets.store import TicketStore
 from rst_jax.tickets.ticket import Ticket
-from rst_jax.training.loop import Trainer, batch_sizes
+from rst_jax.training.loop import Trainer
 from rst_jax.training.metrics import MetricsWriter
 
 Tree = Any
@@ -96,10 +97,14 @@ class Run:
         return Trainer(
             self.config,
             self.module(),
-            self.mesh,
-            self.dataset.train,
-            self.dataset.levels,
-            {"order": self.key("order"), "step": self.key("step")},
+            Feed(
+                self.dataset.train,
+                self.config.batch_size,
+                self.mesh,
+                {"order": self.key("order"), "step": self.key("step")},
+                steps_per_dispatch=self.config.steps_per_dispatch,
+                log_every_steps=self.config.log_every_steps,
+            ),
             self.workdir,
             MetricsWriter(self.workdir, self.is_main),
             self.say,

@@ -1,13 +1,15 @@
 """The networks, by name.
 
-Every constructor takes num_classes, mean, std, dtype, param_dtype, bn_axis and remat and returns a Flax Linen module
-called as `module.apply(variables, images, train=...)` on images [N, H, W, C] in [0, 1]; it normalises them
-itself and returns logits [N, num_classes]. Modules know nothing of masks. Submodule names are those of the
-paper's released code with "_" for ".", so its checkpoints map onto ours by that rule alone.
+Every constructor takes num_classes, mean, std, width, dtype, param_dtype, bn_axis and remat, and what its family has
+besides, and returns a Flax Linen module called as `module.apply(variables, images, train=...)` on images [N, H, W, C]
+in [0, 1]; it normalises them itself and returns logits [N, num_classes]. Modules know nothing of masks. Submodule names
+are those of the paper's released code with "_" for ".", so its checkpoints map onto ours by that rule alone.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 
 from rst_jax.models import convnet, resnet, wide_resnet
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
+MODELS: dict[str, partial[Any]] = {
     "conv2": convnet.conv2,
     "conv4": convnet.conv4,
     "conv6": convnet.conv6,
@@ -36,6 +38,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "wrn28_10": wide_resnet.wrn28_10,
     "wrn34_10": wide_resnet.wrn34_10,
 }
+# What a specification gives by itself, and what `ModelSpec.make` takes: no arguments of a network.
+_OTHERS = {"name", "parent", "num_classes", "mean", "std", "dtype", "param_dtype", "bn_axis", "remat"}
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -46,7 +50,7 @@ class ModelSpec:
       name: a key of `MODELS`.
       num_classes: logits an image.
       mean, std: of each channel, on the [0, 1] scale; the network computes (images - mean) / std.
-      arguments: others of the constructor, for instance (("width", 0.5),).
+      arguments: others of the constructor, by name, for instance (("width", 0.5),); lists become tuples.
 
     Raises:
       ValueError: an unknown name, or an argument that this network does not take; the nearest one is named.
@@ -61,14 +65,22 @@ class ModelSpec:
     def __init__(self, name: str, num_classes: int, mean: Sequence[float], std: Sequence[float], **arguments: Any):
         if name not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}.")
+        family: Any = MODELS[name].func
+        known = [field.name for field in dataclasses.fields(family) if field.name not in _OTHERS]
+        for argument in arguments:
+            if argument not in known:
+                near = difflib.get_close_matches(argument, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}."
+                raise ValueError(f"model {name!r} takes no argument {argument!r}; {hint}")
+        arguments = {key: _frozen(value) for key, value in arguments.items()}
         fields = {"name": name, "num_classes": num_classes, "mean": tuple(mean), "std": tuple(std)}
         for field, value in {**fields, "arguments": tuple(sorted(arguments.items()))}.items():
             object.__setattr__(self, field, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `ModelSpec(**plain)` is the spec again."""
-        own = {"name": self.name, "num_classes": self.num_classes, "mean": list(self.mean), "std": list(self.std)}
-        return own | dict(self.arguments)
+        own = {"name": self.name, "num_classes": self.num_classes, "mean": self.mean, "std": self.std}
+        return {key: _plain(value) for key, value in (own | dict(self.arguments)).items()}
 
     def make(
         self,
@@ -88,3 +100,11 @@ class ModelSpec:
         """
         fixed = {"num_classes": self.num_classes, "mean": self.mean, "std": self.std, **dict(self.arguments)}
         return MODELS[self.name](**fixed, dtype=dtype, param_dtype=param_dtype, bn_axis=bn_axis, remat=remat)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rst_jax.models.layers import Network, conv
+from rst_jax.models.layers import Network
 
 
 def halve(x: jax.Array) -> jax.Array:
@@ -20,7 +20,7 @@ def halve(x: jax.Array) -> jax.Array:
 
 
 class ConvNet(Network):
-    """Pairs of convolutions of the given widths.
+    """Pairs of convolutions of the given channels.
 
     Attributes:
       widths: channels of each pair; the image is halved after each.
@@ -31,15 +31,17 @@ class ConvNet(Network):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Images [N, H, W, C] in [0, 1] to logits [N, num_classes]; `train` changes nothing here."""
+        conv, _ = self.layers()
         x = self.normalise(images)
-        for pair, width in enumerate(self.widths):
+        for pair, channels in enumerate(self.widths):
             for place in (5 * pair, 5 * pair + 2):
-                x = nn.relu(conv(width, 3, 1, self, f"convs_{place}")(x))
+                x = nn.relu(conv(self.channels(channels), 3, name=f"convs_{place}")(x))
             x = halve(x)
         if not x.size:
             raise ValueError(f"images of {images.shape[1:3]} pixels are too small to halve {len(self.widths)} times.")
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
-        for place, features in ((0, 256), (2, 256), (4, self.num_classes)):
+        hidden = self.channels(256)
+        for place, features in ((0, hidden), (2, hidden), (4, self.num_classes)):
             dtype = self.param_dtype if place == 4 else self.dtype
             dense = nn.Dense(
                 features, use_bias=False, dtype=dtype, param_dtype=self.param_dtype, name=f"linear_{place}"

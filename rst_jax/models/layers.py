@@ -1,7 +1,12 @@
-"""What the networks share: PyTorch's batch normalisation and padding, input normalisation, the constructor fields."""
+"""What the networks share: PyTorch's batch normalisation and padding, input normalisation, the constructor fields.
+
+A network makes its layers by `conv(features, size, stride, name=...)` and `norm(name=...)`, which know its types and
+its mesh axis (`Network.layers`), and hands both to its blocks.
+"""
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+Layer = Callable[..., Any]
 
 
 class BatchNorm(nn.Module):
@@ -55,15 +62,37 @@ class BatchNorm(nn.Module):
 
 
 class Network(nn.Module):
-    """The fields and the small parts that every network here has."""
+    """The fields and the small parts that every network here has.
+
+    Attributes:
+      width: how many times the usual channels every layer has; the input and the classes stay.
+    """
 
     num_classes: int = 10
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    width: float = 1.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     bn_axis: str | None = None
     remat: bool = False
+
+    def layers(self) -> tuple[Layer, Layer]:
+        """`conv` and `norm` in the network's types."""
+        return (
+            partial(conv, dtype=self.dtype, param_dtype=self.param_dtype),
+            partial(BatchNorm, axis_name=self.bn_axis, param_dtype=self.param_dtype),
+        )
+
+    def channels(self, usual: int) -> int:
+        """The channels of a layer that has `usual` ones at width 1: rounded, and at least one.
+
+        Raises:
+          ValueError: the width is not positive.
+        """
+        if not self.width > 0:
+            raise ValueError(f"width must be positive, 1 for the usual channels; got {self.width}.")
+        return max(1, round(self.width * usual))
 
     def block(self, kind: type[nn.Module]) -> type[nn.Module]:
         """A block's class, called as block(x, train); with `remat` its activations are computed again when needed."""
@@ -82,19 +111,14 @@ class Network(nn.Module):
         return head(jnp.mean(features.astype(self.param_dtype), axis=(1, 2)))
 
 
-def conv(features: int, size: int, stride: int, owner: Any, name: str) -> nn.Conv:
-    """A bias-free convolution with PyTorch's padding: explicit, symmetric, (size - 1) / 2 on each side."""
-    return nn.Conv(
-        features,
-        (size, size),
-        (stride, stride),
-        padding=size // 2,
-        use_bias=False,
-        dtype=owner.dtype,
-        param_dtype=owner.param_dtype,
-        name=name,
-        conv_general_dilated=convolve,
-    )
+def conv(features: int, size: int, stride: int = 1, **options: Any) -> nn.Conv:
+    """A bias-free convolution with PyTorch's padding: explicit, symmetric, (size - 1) / 2 on each side.
+
+    Args:
+      options: of `nn.Conv`: dtype, param_dtype, name.
+    """
+    window, strides = (size, size), (stride, stride)
+    return nn.Conv(features, window, strides, size // 2, use_bias=False, conv_general_dilated=convolve, **options)
 
 
 # XLA's CPU kernels share a convolution among threads by blocks of output channels, as many as give a block of the
@@ -119,8 +143,3 @@ def convolve(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax
         return jnp.concatenate([whole(part, kernel, *args) for part in jnp.split(x, cores)])
 
     return lax.platform_dependent(x, kernel, cpu=in_parts, default=lambda x, k: whole(x, k, *args))
-
-
-def batch_norm(owner: Any, name: str) -> BatchNorm:
-    """Batch normalisation with the owner's statistics type and axis."""
-    return BatchNorm(axis_name=owner.bn_axis, param_dtype=owner.param_dtype, name=name)

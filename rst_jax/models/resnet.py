@@ -7,12 +7,11 @@ channels inside their bottlenecks.
 """
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 
-from rst_jax.models.layers import Network, batch_norm, conv
+from rst_jax.models.layers import Layer, Network
 
 
 class Block(nn.Module):
@@ -23,9 +22,8 @@ class Block(nn.Module):
     bottleneck: bool
     inner: int
     shortcut: str
-    dtype: Any
-    param_dtype: Any
-    bn_axis: str | None
+    conv: Layer
+    norm: Layer
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -39,13 +37,13 @@ class Block(nn.Module):
         )
         y = x
         for i, (channels, size, stride) in enumerate(plan, 1):
-            y = conv(channels, size, stride, self, f"conv{i}")(y)
-            y = batch_norm(self, f"bn{i}")(y, train)
+            y = self.conv(channels, size, stride, name=f"conv{i}")(y)
+            y = self.norm(name=f"bn{i}")(y, train)
             if i < len(plan):
                 y = nn.relu(y)
         if self.stride != 1 or x.shape[-1] != out:
-            x = conv(out, 1, self.stride, self, f"{self.shortcut}_0")(x)
-            x = batch_norm(self, f"{self.shortcut}_1")(x, train)
+            x = self.conv(out, 1, self.stride, name=f"{self.shortcut}_0")(x)
+            x = self.norm(name=f"{self.shortcut}_1")(x, train)
         return nn.relu(x + y)
 
 
@@ -71,25 +69,24 @@ class ResNet(Network):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Images [N, H, W, C] in [0, 1] to logits [N, num_classes]."""
+        conv, norm = self.layers()
         size, stride = (7, 2) if self.imagenet else (3, self.stem_stride)
-        x = conv(self.widths[0], size, stride, self, "conv1")(self.normalise(images))
-        x = nn.relu(batch_norm(self, "bn1")(x, train))
+        x = conv(self.channels(self.widths[0]), size, stride, name="conv1")(self.normalise(images))
+        x = nn.relu(norm(name="bn1")(x, train))
         if self.imagenet:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        for stage, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True), 1):
+        block = partial(
+            self.block(Block),
+            bottleneck=self.bottleneck,
+            inner=self.inner,
+            shortcut="downsample" if self.imagenet else "shortcut",
+            conv=conv,
+            norm=norm,
+        )
+        for stage, (count, channels) in enumerate(zip(self.blocks, self.widths, strict=True), 1):
             for i in range(count):
                 stride = 2 if i == 0 and stage > 1 else 1
-                x = self.block(Block)(
-                    width,
-                    stride,
-                    self.bottleneck,
-                    self.inner,
-                    "downsample" if self.imagenet else "shortcut",
-                    self.dtype,
-                    self.param_dtype,
-                    self.bn_axis,
-                    name=f"layer{stage}_{i}",
-                )(x, train)
+                x = block(self.channels(channels), stride, name=f"layer{stage}_{i}")(x, train)
         return self.logits(x)
 
 

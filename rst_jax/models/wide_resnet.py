@@ -4,12 +4,11 @@ Where a block changes the shape, the shortcut is a 1x1 convolution without batch
 """
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 
-from rst_jax.models.layers import Network, batch_norm, conv
+from rst_jax.models.layers import Layer, Network
 
 
 class Block(nn.Module):
@@ -17,19 +16,18 @@ class Block(nn.Module):
 
     channels: int
     stride: int
-    dtype: Any
-    param_dtype: Any
-    bn_axis: str | None
+    conv: Layer
+    norm: Layer
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """x [N, H, W, C] to [N, H / stride, W / stride, channels]."""
-        y = nn.relu(batch_norm(self, "bn1")(x, train))
-        if x.shape[-1] != self.channels:
-            x = conv(self.channels, 1, self.stride, self, "convShortcut")(y)
-        y = conv(self.channels, 3, self.stride, self, "conv1")(y)
-        y = nn.relu(batch_norm(self, "bn2")(y, train))
-        return x + conv(self.channels, 3, 1, self, "conv2")(y)
+        y = nn.relu(self.norm(name="bn1")(x, train))
+        if self.stride != 1 or x.shape[-1] != self.channels:
+            x = self.conv(self.channels, 1, self.stride, name="convShortcut")(y)
+        y = self.conv(self.channels, 3, self.stride, name="conv1")(y)
+        y = nn.relu(self.norm(name="bn2")(y, train))
+        return x + self.conv(self.channels, 3, name="conv2")(y)
 
 
 class WideResNet(Network):
@@ -49,20 +47,14 @@ class WideResNet(Network):
         count, rest = divmod(self.depth - 4, 6)
         if rest or count < 1:
             raise ValueError(f"depth must be 6 n + 4 for a whole n of at least 1; got {self.depth}.")
-        x = conv(16, 3, 1, self, "conv1")(self.normalise(images))
+        conv, norm = self.layers()
+        x = conv(self.channels(16), 3, name="conv1")(self.normalise(images))
         for stage in (1, 2, 3):
+            channels = self.channels(16 * 2 ** (stage - 1) * self.widen)
             for i in range(count):
                 stride = 2 if i == 0 and stage > 1 else 1
-                channels = 16 * 2 ** (stage - 1) * self.widen
-                x = self.block(Block)(
-                    channels,
-                    stride,
-                    self.dtype,
-                    self.param_dtype,
-                    self.bn_axis,
-                    name=f"block{stage}_layer_{i}",
-                )(x, train)
-        x = nn.relu(batch_norm(self, "bn1")(x, train))
+                x = self.block(Block)(channels, stride, conv, norm, name=f"block{stage}_layer_{i}")(x, train)
+        x = nn.relu(norm(name="bn1")(x, train))
         return self.logits(x)
 
 

@@ -18,27 +18,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rst_jax.config import Config
+from rst_jax.data.catalog import CATALOG
+from rst_jax.data.feed import batch_sizes
 from rst_jax.data.pipeline import Images
-from rst_jax.data.sources import STREAMED, load_dataset
+from rst_jax.data.sources import load_dataset
 from rst_jax.initializers import init_variables
 from rst_jax.models import ModelSpec
 from rst_jax.planning.chips import parse_topology
 from rst_jax.planning.hlo import Collective, collectives
 from rst_jax.runtime.mesh import AXIS, make_mesh
 from rst_jax.runtime.operations import operations, outputs, step_operations
-from rst_jax.training.loop import Job, batch_sizes, make_job_step
+from rst_jax.training.loop import Job, make_job_step
 from rst_jax.training.optimizer import make_optimizer, make_schedule
 from rst_jax.training.state import TicketState
 from rst_jax.training.target import Scores
 
 Tree = Any
-# Training images, image shape and classes, so that a plan needs no images; others are loaded and counted.
-_KNOWN: dict[str, tuple[int, tuple[int, ...], int]] = {
-    "cifar10": (50_000, (32, 32, 3), 10),
-    "cifar100": (50_000, (32, 32, 3), 100),
-    "svhn_cropped": (73_257, (32, 32, 3), 10),
-    "imagenet2012": (1_281_167, (224, 224, 3), 1000),
-}
 _PASSES = 13  # over a layer's output in one gradient: write, statistics twice, normalise, relu and their gradients
 _MASK_PASSES = 8 + 3  # over the scores: the threshold four bits a pass, ties, the mask
 
@@ -156,10 +151,11 @@ def make_plan(config: Config, topology: str) -> Plan:
 
 
 def _data(config: Config) -> tuple[int, tuple[int, ...], int]:
-    """Images to train on, their shape, and the classes."""
-    if config.dataset in _KNOWN:
-        n, shape, classes = _KNOWN[config.dataset]
-        n -= config.holdout
+    """Images to train on, their shape, and the classes; what the catalogue lacks is loaded and counted."""
+    n: int
+    shape: tuple[int, ...]
+    if facts := CATALOG.get(config.dataset):
+        n, shape, classes = facts.train - config.holdout, facts.shape, facts.classes
     else:
         dataset = load_dataset(config)
         n, shape, classes = len(dataset.train), dataset.train.images.shape[1:], dataset.num_classes
@@ -206,7 +202,8 @@ def _compile(
     types: dict[str, Any] = {"dtype": jnp.bfloat16, "bn_axis": AXIS if config.bn_sync else None, "remat": config.remat}
     half = (0.5,) * image_shape[-1]
     model = ModelSpec(config.model, classes, half, half).make(**types)
-    streamed, rows = config.dataset in STREAMED, config.batch_size
+    facts, rows = CATALOG.get(config.dataset), config.batch_size
+    streamed = facts is not None and facts.streamed > 0
     job, per_epoch = Job("plan", Scores(), config.epochs, config.optimizer), -(-n // rows)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.epochs, per_epoch))
     step = make_job_step(

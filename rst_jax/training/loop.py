@@ -3,22 +3,20 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from rst_jax.config import Config, Optimizer, PGDSettings
-from rst_jax.data.pipeline import Images, epoch_order
-from rst_jax.data.sources import Split
-from rst_jax.data.stream import EncodedImages, prefetched
+from rst_jax.data.feed import Feed
 from rst_jax.runtime import preemption
-from rst_jax.runtime.mesh import make_rows, on_cpu, replicate
+from rst_jax.runtime.mesh import on_cpu, replicate
 from rst_jax.runtime.progress import Say, progress
 from rst_jax.training.checkpoint import RunCheckpoints
 from rst_jax.training.metrics import MetricsWriter, means
@@ -28,7 +26,6 @@ from rst_jax.training.step import Settings, make_train_step
 from rst_jax.training.target import Target
 
 Tree = Any
-_STEPS_A_DISPATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,39 +46,6 @@ class Best:
     epoch: int
     natural: float
     robust: float
-
-
-def batch_sizes(n: int, batch_size: int, devices: int, tail: int | None = None) -> list[int]:
-    """The batches of an epoch of n images: whole ones, then a short one of what the devices can share evenly.
-
-    Args:
-      tail: the size of the short batch where a run began on other devices; its epochs stay as they were.
-
-    Raises:
-      ValueError: the devices cannot share a batch, or there is none.
-    """
-    if batch_size % devices:
-        raise ValueError(f"config: batch_size must be a multiple of the {devices} devices; got {batch_size}.")
-    if tail is None:
-        tail = n % batch_size // devices * devices
-    if tail % devices:
-        raise ValueError(
-            f"the last batch of an epoch of this run has {tail} images, which {devices} devices cannot share; go on "
-            "with a number of devices that divides it, or take a new --workdir."
-        )
-    if not n // batch_size and not tail:
-        raise ValueError(f"config: {n} training images do not make a batch on {devices} devices.")
-    return [batch_size] * (n // batch_size) + ([tail] if tail else [])
-
-
-class Dispatch(NamedTuple):
-    """What one call of the step gets: `steps` batches of `rows` images, from `data` at order[first:]."""
-
-    steps: int
-    rows: int
-    data: Images
-    order: jax.Array | np.ndarray
-    first: int
 
 
 def make_job_step(
@@ -120,48 +84,21 @@ class Trainer:
     Args:
       config: the run's.
       model: a Flax module.
-      mesh: all devices.
-      train: the training images: kept on the device, or decoded batch by batch where they are encoded files.
-      levels: the integer that means 1.0.
-      keys: key data, uint32 [2] each: "order" and "step".
+      feed: the training images, on all devices; its key "step" is the step's.
       workdir: holds checkpoints/ and metrics.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: nn.Module,
-        mesh: Mesh,
-        train: Split,
-        levels: int,
-        keys: dict[str, np.ndarray],
-        workdir: Path,
-        writer: MetricsWriter,
-        say: Say,
-    ):
-        self.config, self.model, self.mesh, self.train, self.levels = config, model, mesh, train, levels
-        self.keys, self.workdir, self.writer, self.say = keys, workdir, writer, say
-        self.streamed = isinstance(train.images, EncodedImages)
-        n = len(train)
-        self.batches = batch_sizes(n, config.batch_size, mesh.size)
-        if left := n - sum(self.batches):
-            say(f"{left} of {n} training images an epoch are left out: {mesh.size} devices cannot share them evenly")
-        self.whole = n // config.batch_size
-        self.dispatch = config.steps_per_dispatch or (1 if on_cpu(mesh) else _STEPS_A_DISPATCH)
-        if self.streamed:
-            self.dispatch = 1
-        else:
-            self.data = replicate(Images(train.images, train.labels, train.ids, levels), mesh)  # type: ignore[arg-type]
+    def __init__(self, config: Config, model: nn.Module, feed: Feed, workdir: Path, writer: MetricsWriter, say: Say):
+        self.config, self.model, self.feed, self.mesh = config, model, feed, feed.mesh
+        self.workdir, self.writer, self.say = workdir, writer, say
+        if left := feed.left_out:
+            n, devices = len(feed.split), feed.mesh.size
+            say(f"{left} of {n} training images an epoch are left out: {devices} devices cannot share them evenly")
         self._steps: dict[Any, Callable] = {}
-        self._order = jax.jit(
-            lambda key, epoch: epoch_order(jax.random.wrap_key_data(key), epoch, n),
-            # Batches are decoded in another thread, whose programs must not come between those over the mesh.
-            out_shardings=None if self.streamed else NamedSharding(mesh, PartitionSpec()),
-        )
 
     def optimizer_of(self, job: Job) -> tuple[Any, Any]:
         """The job's optax transformation and its schedule."""
-        schedule = make_schedule(job.optimizer, job.epochs, len(self.batches))
+        schedule = make_schedule(job.optimizer, job.epochs, len(self.feed.batches))
         return make_optimizer(job.optimizer, schedule), schedule
 
     def begin(self, job: Job, variables: dict[str, Tree]) -> TicketState:
@@ -179,47 +116,14 @@ class Trainer:
 
     def step(self, job: Job, rows: int, attack: PGDSettings) -> Callable:
         """The compiled step for batches of `rows` images; the same object for jobs that differ in name alone."""
-        key = (job.target, job.epochs, job.optimizer, len(self.batches), rows, attack)
+        key = (job.target, job.epochs, job.optimizer, len(self.feed.batches), rows, attack)
         if key not in self._steps:
-            many = self.dispatch > 1 and rows == self.config.batch_size
+            many = self.feed.steps_per_dispatch > 1 and rows == self.config.batch_size
             optimizer, _ = self.optimizer_of(job)
             self._steps[key] = make_job_step(
-                self.config, self.model, optimizer, job, self.mesh, rows, attack, many, self.streamed
+                self.config, self.model, optimizer, job, self.mesh, rows, attack, many, self.feed.streamed
             )
         return self._steps[key]
-
-    def dispatches(self, step: int, total: int) -> Iterator[Dispatch]:
-        """The batches from `step` to `total`, in order; none crosses the end of an epoch or a log."""
-        c, order_of = self.config, -1
-        while step < total:
-            epoch, place = divmod(step, len(self.batches))
-            if order_of != epoch:
-                order, order_of = self._order(self.keys["order"], np.int32(epoch)), epoch
-            rows, first = self.batches[place], place * c.batch_size
-            until_log = c.log_every_steps - step % c.log_every_steps
-            count = max(1, min(self.dispatch, self.whole - place, until_log))
-            if self.streamed:
-                data = self._decoded(np.asarray(order)[first : first + rows], epoch)
-                yield Dispatch(1, rows, data, np.zeros(0, np.int32), 0)
-            else:
-                yield Dispatch(count, rows, self.data, order, first)
-            step += count
-
-    def _decoded(self, index: np.ndarray, epoch: int) -> Images:
-        """A batch of encoded images, cropped at random; each process decodes the rows of its own devices."""
-
-        encoded, n = self.train.images, len(index)
-        assert isinstance(encoded, EncodedImages)
-
-        def crops(rows: slice) -> np.ndarray:
-            return encoded.crops(index[rows], self.keys["step"], epoch)
-
-        return Images(
-            make_rows((n, *self.train.images.shape[1:]), crops, self.mesh),
-            make_rows((n,), lambda rows: self.train.labels[index[rows]], self.mesh),
-            make_rows((n,), lambda rows: self.train.ids[index[rows]], self.mesh),
-            self.levels,
-        )
 
     def run(
         self,
@@ -246,11 +150,11 @@ class Trainer:
         state = self.begin(job, variables)
         # What a checkpoint holds beside the state: the best so far, the shape of an epoch, metrics not yet logged.
         kept: dict[str, Any] = {"best_step": -1, "best_epoch": 0, "best_natural": 0.0, "best_robust": -1.0}
-        kept |= {"tail": self.batches[-1] % c.batch_size, "pending": []}
+        kept |= {"tail": self.feed.tail, "pending": []}
         if restored := checkpoints.restore_latest(state):
             state, kept = restored
-            self.batches = batch_sizes(len(self.train), c.batch_size, self.mesh.size, kept["tail"])
-        per_epoch, step = len(self.batches), int(state.step)
+            self.feed.keep_tail(kept["tail"])
+        per_epoch, step = len(self.feed.batches), int(state.step)
         total = job.epochs * per_epoch
         if step:
             self.say(f"{job.name}: going on after epoch {step / per_epoch:.4g} of {job.epochs}")
@@ -280,13 +184,10 @@ class Trainer:
             stack.callback(checkpoints.close)
             stack.callback(self.writer.close)
             bar = stack.enter_context(progress(total, step, job.name, "step"))
-            dispatches = self.dispatches(step, total)
-            if self.streamed:
-                dispatches = stack.enter_context(contextlib.closing(prefetched(dispatches, 2)))
-            for d in dispatches:
+            for d in stack.enter_context(contextlib.closing(self.feed.dispatches(step, total))):
                 compiled = self.step(job, d.rows, c.attack.pgd(step // per_epoch))
                 where = (d.data, d.order, np.int32(d.first))
-                state, metrics = compiled(state, *where, selection, self.keys["step"], np.int32(d.steps))
+                state, metrics = compiled(state, *where, selection, self.feed.keys["step"], np.int32(d.steps))
                 pending.append(metrics)
                 step += d.steps
                 bar.update(d.steps)

@@ -8,7 +8,7 @@ import pytest
 
 from configs import base, digits
 from rst_jax import config as config_lib
-from rst_jax.data import load_dataset
+from rst_jax.data import Split, load_dataset
 from rst_jax.data.pipeline import Images, augment, epoch_order, example_keys
 
 CONFIG = config_lib.from_dict(digits.get_config())
@@ -33,11 +33,30 @@ def test_digits_are_split_as_written():
     assert (len(data.train), len(data.holdout), len(data.test)) == (1280, 157, 360)
     assert data.train.images.shape[1:] == (8, 8, 1)
     assert data.num_classes == 10
-    assert data.scaled(data.test).max() == 1.0
+    assert data.test.scaled().max() == 1.0
+    # the images themselves, by which a workdir knows them again
+    assert data.digest == "b45ef4deac76a0281c6318d869c08781209b76ad3fe8c83710e9a1602310964e"
+    assert (data.mean, data.std) == ((0.3053,), (0.3765,))
     every = np.concatenate([data.train.ids, data.holdout.ids])
     assert len(set(every)) == 1437
     # the held-out images are the same on every machine and in every version
     np.testing.assert_array_equal(data.holdout.ids[:8], [0, 21, 38, 43, 54, 66, 69, 85])
+
+
+def test_a_batch_is_scaled_by_the_levels_of_its_split_with_labels_and_ids():
+    images = np.asarray([0, 4, 16], np.uint8).reshape(3, 1, 1, 1)
+    split = Split(images, np.asarray([2, 1, 0], np.int32), np.asarray([7, 9, 8], np.int32), levels=16)
+    for index, rows in ((slice(None), [0, 1, 2]), (slice(1, 9), [1, 2]), (np.asarray([2, 0]), [2, 0])):
+        found, labels, ids = split.batch(index)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found.ravel(), np.float32([0, 0.25, 1])[rows])
+        np.testing.assert_array_equal(labels, split.labels[rows])
+        np.testing.assert_array_equal(ids, split.ids[rows])
+    part = split.take(np.asarray([2, 1]))
+    assert (part.levels, len(part)) == (16, 2)
+    np.testing.assert_array_equal(part.scaled(), split.scaled()[[2, 1]])
+    in_bytes = dataclasses.replace(split, levels=255)
+    np.testing.assert_array_equal(in_bytes.scaled(), images.astype(np.float32) / np.float32(255))
 
 
 def test_npz_round_trip(tmp_path):

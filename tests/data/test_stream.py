@@ -14,7 +14,8 @@ from PIL import Image
 
 from configs import digits
 from rst_jax import config as config_lib
-from rst_jax.data import EncodedImages, load_dataset, prefetched, sources
+from rst_jax.data import EncodedImages, Split, load_dataset, load_test, prefetched
+from rst_jax.data.catalog import CATALOG
 from rst_jax.data.stream import _random_box, centre_crop, random_resized_crop
 from rst_jax.evaluation.accuracy import Evaluator
 from rst_jax.initializers import init_variables
@@ -45,8 +46,15 @@ RNG = np.random.default_rng(0)
 FILES = [file(smooth(RNG, *SIZES[i % len(SIZES)]), quality=90) for i in range(32)]
 
 
+def labels_of(ids):
+    return np.asarray(ids) * 7 % 5
+
+
 def encoded(files=FILES, size=32):
-    return EncodedImages("some/1.0.0, split train", lambda ids: [files[i] for i in ids], np.arange(len(files)), size)
+    def read(ids):
+        return [(files[i], int(labels_of(i))) for i in ids]
+
+    return EncodedImages("some/1.0.0, split train", read, np.arange(len(files)), size)
 
 
 def difference(a, b):
@@ -65,6 +73,11 @@ def test_encoded_images_are_indexed_like_an_array_of_centre_crops():
     some = images.take(np.asarray([9, 2, 30]))
     np.testing.assert_array_equal(some[1:], whole[[2, 30]])
     np.testing.assert_array_equal(some.take(np.asarray([2])).ids, [30])
+    for index in (slice(1, 3), np.asarray([2, 0])):
+        found, labels = some.labelled(index)
+        np.testing.assert_array_equal(found, some[index])
+        np.testing.assert_array_equal(labels, labels_of(some.ids[index]))
+        assert labels.dtype == np.int32
     with pytest.raises(TypeError, match="slice or an array"):
         images[3]
     # 500 x 375: the shorter side to 256/224 of 224, the longer one in proportion, the middle of it
@@ -122,19 +135,22 @@ def test_a_random_crop_has_the_area_and_the_shape_that_were_asked_for():
 
 def test_a_training_crop_follows_from_key_epoch_and_id_alone():
     images = encoded()
-    whole = images.crops(np.arange(32), KEY, 2)
+    whole, labels = images.crops(np.arange(32), KEY, 2)
+    np.testing.assert_array_equal(labels, labels_of(np.arange(32)))
     assert whole.shape == (32, 32, 32, 3)
     assert whole.dtype == np.uint8
-    np.testing.assert_array_equal(images.crops(np.asarray([20, 3]), KEY, 2), whole[[20, 3]])
-    np.testing.assert_array_equal(images.take(np.asarray([8, 3])).crops(np.asarray([1]), KEY, 2), whole[[3]])
-    for other in (images.crops(np.arange(32), KEY, 3), images.crops(np.arange(32), KEY[::-1], 2)):
+    for part, index in ((images, [20, 3]), (images.take(np.asarray([8, 3])), [1])):
+        again, labels = part.crops(np.asarray(index), KEY, 2)
+        np.testing.assert_array_equal(again, whole[part.ids[index]])
+        np.testing.assert_array_equal(labels, labels_of(part.ids[index]))
+    for other, _ in (images.crops(np.arange(32), KEY, 3), images.crops(np.arange(32), KEY[::-1], 2)):
         assert all(difference(a, b) > 0 for a, b in zip(whole, other, strict=True))
     # the same on every machine and in every version
     stream = np.random.Generator(np.random.Philox(key=[3, 4], counter=[0, 0, 2, 4]))
     left, top, wide, high = _random_box(500, 375, stream)
     assert (left, top, wide, high) == (156, 101, 279, 230)
     part = opened(FILES[4]).resize((96, 96), BILINEAR, (left, top, left + wide, top + high))
-    np.testing.assert_array_equal(encoded(size=96).crops(np.asarray([4]), KEY, 2)[0], part)
+    np.testing.assert_array_equal(encoded(size=96).crops(np.asarray([4]), KEY, 2)[0][0], part)
 
 
 @pytest.mark.parametrize("broken", [b"", b"not an image", FILES[4][:4000], FILES[4][:30]])
@@ -219,10 +235,6 @@ def test_a_consumer_that_stops_early_leaves_no_thread():
     assert not threads()
 
 
-def test_streamed_datasets_have_their_statistics():
-    assert set(sources.STREAMED) <= set(sources.STATISTICS)
-
-
 TINY = dataclasses.replace(config_lib.from_dict(digits.get_config()), dataset="imagenet2012", holdout=5, crop_padding=0)
 
 
@@ -258,7 +270,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setitem(sources.STREAMED, "imagenet2012", (32, "validation"))
+    monkeypatch.setitem(CATALOG, "imagenet2012", dataclasses.replace(CATALOG["imagenet2012"], streamed=32))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -267,7 +279,7 @@ def test_imagenet_is_read_from_tfds_without_decoding(prepared, small):
     data = load_dataset(config)
     assert "tensorflow" not in sys.modules
     assert (len(data.train), len(data.holdout), len(data.test)) == (19, 5, 8)
-    assert (data.levels, data.mean[0], data.std[2]) == (255, 0.485, 0.225)
+    assert (data.test.levels, data.mean[0], data.std[2], data.class_names) == (255, 0.485, 0.225, ("cat", "dog", "fox"))
     order = np.argsort(np.random.Philox(key=0).random_raw(24), kind="stable")
     np.testing.assert_array_equal(data.holdout.ids, np.sort(order[:5]))
     # every image with its label, whatever the order in which TFDS keeps them
@@ -275,22 +287,26 @@ def test_imagenet_is_read_from_tfds_without_decoding(prepared, small):
     seen = []
     for split in (data.train, data.holdout, data.test):
         assert isinstance(split.images, EncodedImages)
+        assert split.labels is None
         rows = [known[image.tobytes()] for image in split.images[:]]
-        np.testing.assert_array_equal(split.labels, np.asarray(rows) % 3)
+        images, labels, ids = split.batch()
+        np.testing.assert_array_equal(images, split.scaled())
+        np.testing.assert_array_equal(labels, np.asarray(rows) % 3)
+        np.testing.assert_array_equal(ids, split.ids)
+        _, labels = split.images.crops(np.arange(len(split)), KEY, 0)
+        np.testing.assert_array_equal(labels, np.asarray(rows) % 3)
         np.testing.assert_array_equal(split.images.ids, split.ids)
         seen += rows
     assert sorted(seen) == list(range(32))
     few = data.test.take(np.asarray([3, 1]))
     assert isinstance(few.images, EncodedImages)
-    np.testing.assert_array_equal(data.scaled(few), data.scaled(data.test)[[3, 1]])
-    assert data.scaled(few).dtype == np.float32
-    assert data.scaled(few).max() <= 1
-    # read again: the labels from their file, and the same digest; other ids or another size, another digest
-    kept = prepared / "imagenet2012" / "5.1.0" / "rst_jax-labels-train.npz"
-    assert kept.is_file()
+    np.testing.assert_array_equal(few.scaled(), data.test.scaled()[[3, 1]])
+    assert few.scaled().dtype == np.float32
+    assert few.scaled().max() <= 1
+    for a, b in zip(load_test("imagenet2012", str(prepared), "", 3), data.test.batch(slice(3)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # other ids or another size, another digest
     digests = [data.digest, load_dataset(config).digest]
-    kept.write_bytes(b"cut off")
-    digests.append(load_dataset(config).digest)
     assert len(set(digests)) == 1
     digests.append(load_dataset(dataclasses.replace(config, holdout=6)).digest)
     digests.append(load_dataset(dataclasses.replace(config, train_examples=4)).digest)
@@ -298,8 +314,24 @@ def test_imagenet_is_read_from_tfds_without_decoding(prepared, small):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_no_record_is_read_before_it_is_asked_for_and_nothing_is_written_beside_them(prepared, small, monkeypatch):
+    from tensorflow_datasets.core.data_sources.array_record import ArrayRecordDataSource as Source
+
+    there, read = sorted(prepared.rglob("*")), Source.__getitems__
+    places = []
+    monkeypatch.setattr(Source, "__getitems__", lambda self, keys: places.extend(keys) or read(self, keys))
+    data = load_dataset(dataclasses.replace(TINY, data_dir=str(prepared)))
+    assert data.digest
+    assert data.test.take(np.arange(3)).labels is None
+    assert not places
+    assert data.test.batch(np.asarray([5, 2]))[1].shape == (2,)
+    assert places == [5, 2]
+    assert sorted(prepared.rglob("*")) == there
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_split_that_is_missing_tells_how_to_prepare_it(prepared, monkeypatch):
-    monkeypatch.setitem(sources.STREAMED, "imagenet2012", (32, "absent"))
+    monkeypatch.setitem(CATALOG, "imagenet2012", dataclasses.replace(CATALOG["imagenet2012"], test="absent"))
     config = dataclasses.replace(TINY, data_dir=str(prepared))
     with pytest.raises(ValueError, match=r"could not read images and labels of train and absent.*\n.*prepare"):
         load_dataset(config)
@@ -310,7 +342,8 @@ def test_streamed_images_are_judged_as_if_they_were_in_memory(prepared, small):
     config = dataclasses.replace(TINY, data_dir=str(prepared))
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, steps=2, batch_size=5))
     data = load_dataset(config)
-    memory = dataclasses.replace(data.test, images=data.test.images[:])
+    images, labels = data.test.images.labelled(slice(None))
+    memory = Split(images, labels, data.test.ids)
     model = ResNet(num_classes=3, mean=data.mean, std=data.std, blocks=(1,), widths=(4,), stem_stride=2)
     v = init_variables(model, (32, 32, 3), jax.random.key(1))
     variables = {name: v[name] for name in ("params", "batch_stats")}

@@ -8,7 +8,7 @@ import pytest
 
 from configs import digits
 from rst_jax import config as config_lib
-from rst_jax.data import Dataset, load_dataset
+from rst_jax.data import Split, load_dataset
 from rst_jax.evaluation.accuracy import Evaluator
 from rst_jax.evaluation.evidence import correct
 from rst_jax.initializers import init_variables
@@ -31,7 +31,7 @@ def some():
     v = init_variables(MODEL, (8, 8, 1), jax.random.key(1))
     variables = {name: v[name] for name in ("params", "batch_stats")}
     # The labels are what the network says, so that there is something to break.
-    logits = Evaluator(MODEL, settings(), make_mesh(), KEY).logits(variables, data.scaled(data.test))
+    logits = Evaluator(MODEL, settings(), make_mesh(), KEY).logits(variables, data.test.scaled())
     labels = np.argmax(logits, -1).astype(data.test.labels.dtype)
     return variables, data, dataclasses.replace(data.test, labels=labels)
 
@@ -80,7 +80,7 @@ def test_every_network_judges_for_itself(some):
     other = {name: v[name] for name in variables}
     evaluator = Evaluator(MODEL, settings(batch_size=20), make_mesh(), KEY)
     natural, robust, _, adversarial = judged(evaluator, other, [variables, other], data, split)
-    images = data.scaled(split)
+    images = split.scaled()
     by_hand = [
         np.argmax(evaluator.logits(w, x), -1) == split.labels for w, x in ((other, images), (variables, adversarial))
     ]
@@ -98,7 +98,7 @@ def test_an_attack_that_leaves_the_ball_is_not_counted(some):
     )  # a planted cheat
     _, robust, outside, adversarial = judged(evaluator, variables, [variables], data, split)
     assert outside == (split.ids % 2 == 1).sum() > 0
-    np.testing.assert_array_equal(adversarial, data.scaled(split))
+    np.testing.assert_array_equal(adversarial, split.scaled())
     assert robust.all()
 
 
@@ -122,8 +122,8 @@ def test_logits_that_are_not_finite_are_wrong(some):
 def test_no_more_than_a_few_batches_are_scaled_ahead(some, monkeypatch):
     variables, data, split = some
     evaluator = Evaluator(MODEL, settings(batch_size=4), make_mesh(), KEY)
-    scaled, scale = [], Dataset.scaled
-    monkeypatch.setattr(Dataset, "scaled", lambda self, part: scaled.append(len(part)) or scale(self, part))
+    scaled, batch = [], Split.batch
+    monkeypatch.setattr(Split, "batch", lambda self, index: scaled.append(len(self.ids[index])) or batch(self, index))
     with contextlib.closing(evaluator.judged(variables, [variables], data, split)) as batches:
         next(batches)
     assert len(scaled) <= 4

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,17 @@ def shapes(model, image_shape=(32, 32, 3)):
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
 
 
-def make(name, classes=10):
-    return ModelSpec(name, classes, (0.5,), (0.25,)).make()
+def spec(name, classes=10, **arguments):
+    return ModelSpec(name, classes, (0.5,), (0.25,), **arguments)
+
+
+def make(name, classes=10, **arguments):
+    return spec(name, classes, **arguments).make()
+
+
+def kernel_shapes(model):
+    leaves = jax.tree_util.tree_leaves_with_path(shapes(model)["params"])
+    return {".".join(part.key for part in path[:-1]): leaf.shape for path, leaf in leaves}
 
 
 @pytest.mark.parametrize(
@@ -47,6 +58,89 @@ def test_every_network_gives_logits_and_has_kernels_alone(name):
         )[0]
         assert out.shape == (2, 7)
         assert out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_half_the_width_is_half_of_every_layers_channels(name):
+    """Inputs and outputs of every kernel but the image's channels and the classes; at width 1 nothing changes."""
+    whole, half = kernel_shapes(make(name)), kernel_shapes(make(name, width=0.5))
+    assert whole == kernel_shapes(make(name, width=1.0))
+    expected = {
+        layer: (*s[:-2], s[-2] // (2 if s[-2] != 3 else 1), s[-1] // (2 if s[-1] != 10 else 1))
+        for layer, s in whole.items()
+    }
+    assert half == expected
+
+
+def test_the_half_conv4_is_the_released_codes():
+    """Its width_mult .5, in our order of axes."""
+    assert kernel_shapes(make("conv4", width=0.5)) == {
+        "convs_0": (3, 3, 3, 32),
+        "convs_2": (3, 3, 32, 32),
+        "convs_5": (3, 3, 32, 64),
+        "convs_7": (3, 3, 64, 64),
+        "linear_0": (4096, 128),
+        "linear_2": (128, 128),
+        "linear_4": (128, 10),
+    }
+
+
+def test_channels_are_rounded_and_at_least_one():
+    assert kernel_shapes(make("wrn10_1", width=0.3))["conv1"] == (3, 3, 3, 5)
+    assert kernel_shapes(make("wrn10_1", width=0.01))["conv1"] == (3, 3, 3, 1)
+    with pytest.raises(ValueError, match=r"width must be positive.*got 0"):
+        shapes(make("conv2", width=0))
+
+
+def test_rematerialised_blocks_give_the_same_gradients():
+    x = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 8, 8, 3)), jnp.float32)
+    for name in ("resnet_digits", "wrn10_1"):
+        variables = make(name).init(jax.random.key(0), x, train=False)
+        found = []
+        for remat in (False, True):
+            model = spec(name).make(remat=remat)
+
+            def loss(params, stats=variables["batch_stats"], model=model):
+                logits, _ = model.apply(
+                    {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
+                )
+                return jnp.square(logits).mean()
+
+            lowered = jax.jit(jax.grad(loss))
+            assert ("remat" in str(jax.make_jaxpr(jax.grad(loss))(variables["params"]))) == remat
+            found.append(lowered(variables["params"]))
+        assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
+        for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_specification_survives_json_and_is_hashable():
+    plain = spec("resnet18")
+    other = spec("resnet18", width=0.5, blocks=[1, 1], widths=[8, 16])
+    for each in (plain, other):
+        again = ModelSpec(**json.loads(json.dumps(each.to_dict())))
+        assert again == each
+        assert hash(again) == hash(each)
+        assert ModelSpec(**each.to_dict()) == each
+    assert len({plain, other, spec("resnet18", width=0.5)}) == 3
+    assert list(plain.to_dict()) == ["name", "num_classes", "mean", "std"]
+    assert other.arguments == (("blocks", (1, 1)), ("width", 0.5), ("widths", (8, 16)))
+    assert kernel_shapes(other.make())["layer2_0.conv2"] == (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "words"),
+    [
+        ("conv4", "widht", "'conv4' takes no argument 'widht'; did you mean 'width'"),
+        ("wrn10_1", "depths", "did you mean 'depth'"),
+        ("wrn10_1", "bottleneck", "it takes width, depth, widen"),
+        ("resnet18", "dtype", "takes no argument 'dtype'"),
+        ("resnet18", "remat", "takes no argument 'remat'"),
+    ],
+)
+def test_an_argument_that_the_network_does_not_take_is_refused(name, argument, words):
+    with pytest.raises(ValueError, match=words):
+        spec(name, **{argument: 1})
 
 
 def test_logits_are_float32_when_computed_in_bfloat16():
@@ -120,11 +214,9 @@ def test_convolution_padding_is_pytorchs(size, stride):
     from rst_jax.models.layers import conv
 
     class One(nn.Module):
-        dtype = param_dtype = jnp.float32
-
         @nn.compact
         def __call__(self, x):
-            return conv(4, size, stride, self, "conv")(x)
+            return conv(4, size, stride, name="conv")(x)
 
     x = np.random.default_rng(0).normal(size=(2, 7, 8, 3)).astype(np.float32)
     params = One().init(jax.random.key(0), x)
