@@ -15,11 +15,14 @@ from jaxtyping import Float, Int, Key
 
 @flax.struct.dataclass
 class Images:
-    """A split on the device: images uint8 [N, H, W, C], labels int32 [N], ids int32 [N]; `levels` means 1.0."""
+    """A split on the device: images uint8 [N, H, W, C], labels int32 [N], ids int32 [N]; `levels` means 1.0.
 
-    images: jax.Array
-    labels: jax.Array
-    ids: jax.Array
+    On its way there the leaves are NumPy's, and in abstract ones shapes.
+    """
+
+    images: Any
+    labels: Any
+    ids: Any
     levels: int = flax.struct.field(pytree_node=False)
 
     def take(self, index: jax.Array, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -5,53 +5,27 @@ pip install "jax[tpu]"). The compiled program tells memory and collectives. Oper
 and the roofline is from the published rates of the chip, for TPUs and GPUs alike: no figure here was measured.
 """
 
-import contextlib
 import dataclasses
 import math
-import os
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rst_jax.config import Config
 from rst_jax.data.catalog import CATALOG
 from rst_jax.data.feed import batch_sizes
-from rst_jax.data.pipeline import Images
 from rst_jax.data.sources import load_dataset
 from rst_jax.initializers import init_variables
 from rst_jax.models import ModelSpec
 from rst_jax.planning.chips import parse_topology
-from rst_jax.planning.hlo import Collective, collectives
-from rst_jax.runtime.mesh import AXIS, make_mesh
+from rst_jax.planning.compiled import Compiled, compile_step, topology_devices
+from rst_jax.runtime.mesh import make_mesh
 from rst_jax.runtime.operations import operations, outputs, step_operations
-from rst_jax.training.loop import Job, make_job_step
-from rst_jax.training.optimizer import make_optimizer, make_schedule
-from rst_jax.training.state import TicketState
-from rst_jax.training.target import Scores
 
 Tree = Any
 _PASSES = 13  # over a layer's output in one gradient: write, statistics twice, normalise, relu and their gradients
 _MASK_PASSES = 8 + 3  # over the scores: the threshold four bits a pass, ties, the mask
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler says of the step, a chip.
-
-    Attributes:
-      memory: bytes in use at most: arguments, outputs that are not donated, temporaries and code.
-      operations, traffic: as XLA counts them, the body of a loop once, bytes in on-chip memory too.
-    """
-
-    seconds: float
-    memory: int
-    operations: float
-    traffic: float
-    collectives: list[Collective]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +99,8 @@ def make_plan(config: Config, topology: str) -> Plan:
     compiled, why_not = None, "no: only for TPUs can that be done on another machine"
     if topology[0] == "v":
         try:
-            mesh = make_mesh(_devices(topology))
-            compiled = _compile(config, mesh, variables, image_shape, classes, n)
+            mesh = make_mesh(topology_devices(topology))
+            compiled = compile_step(config, mesh, variables, image_shape, classes, n)
         except ImportError:
             why_not = 'no: libtpu is missing (pip install "jax[tpu]")'
     # Bytes that do not depend on the batch: scores for masks and update, weights in each pass.
@@ -160,83 +134,6 @@ def _data(config: Config) -> tuple[int, tuple[int, ...], int]:
         dataset = load_dataset(config)
         n, shape, classes = len(dataset.train), dataset.train.images.shape[1:], dataset.num_classes
     return min(n, config.train_examples or n), shape, classes
-
-
-def _devices(topology: str) -> list[Any]:
-    """The topology's devices, which exist for the compiler alone.
-
-    Raises:
-      ImportError: libtpu is not installed.
-      ValueError: there is no such topology.
-    """
-    import libtpu  # noqa: F401
-    from jax.experimental import topologies
-
-    # Nothing but the compiler is asked of the library: it need not look for a TPU and its neighbours.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    try:
-        with _without_standard_error():
-            found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:  # the library's own kinds
-        raise ValueError(f"--topology={topology}: the TPU compiler does not make this topology ({error}).") from error
-    return list(found.devices)
-
-
-@contextlib.contextmanager
-def _without_standard_error() -> Iterator[None]:
-    """The library tells there, of itself, that it finds no TPU."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def _compile(
-    config: Config, mesh: Mesh, variables: Tree, image_shape: tuple[int, ...], classes: int, n: int
-) -> Compiled:
-    """The step of the loop, compiled for a mesh; arguments are shapes alone."""
-    types: dict[str, Any] = {"dtype": jnp.bfloat16, "bn_axis": AXIS if config.bn_sync else None, "remat": config.remat}
-    half = (0.5,) * image_shape[-1]
-    model = ModelSpec(config.model, classes, half, half).make(**types)
-    facts, rows = CATALOG.get(config.dataset), config.batch_size
-    streamed = facts is not None and facts.streamed > 0
-    job, per_epoch = Job("plan", Scores(), config.epochs, config.optimizer), -(-n // rows)
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.epochs, per_epoch))
-    step = make_job_step(
-        config, model, optimizer, job, mesh, rows, config.attack.pgd(config.epochs), many=False, streamed=streamed
-    )
-
-    def placed(tree: Tree, spec: PartitionSpec) -> Tree:
-        sharding = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-    def struct(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    scores = variables["scores"]
-    opt_state = jax.eval_shape(optimizer.init, scores)
-    make_state: Any = TicketState
-    make_images: Any = Images
-    state = make_state(struct(), variables["params"], scores, variables["batch_stats"], opt_state)
-    held = rows if streamed else n
-    images = make_images(struct(held, *image_shape, dtype=jnp.uint8), struct(held), struct(held), 255)
-    order = struct(0 if streamed else n)
-    kept = jax.tree.map(lambda _: struct(), scores)
-    everywhere = PartitionSpec()
-    first = placed(state, everywhere), placed(images, PartitionSpec(AXIS) if streamed else everywhere)
-    others = placed((order, struct(), kept, struct(2, dtype=jnp.uint32), struct()), everywhere)
-    start = time.monotonic()
-    program = step.lower(*first, *others).compile()
-    seconds = time.monotonic() - start
-    m, cost = program.memory_analysis(), program.cost_analysis()
-    memory = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    memory += m.temp_size_in_bytes + m.generated_code_size_in_bytes
-    found = collectives(program.as_text())
-    return Compiled(seconds, memory, cost["flops"], cost["bytes accessed"], found)
 
 
 def table(plan: Plan) -> str:

@@ -145,70 +145,94 @@ class Trainer:
           Preempted: the process was asked to stop; the state is saved.
           ValueError: a checkpoint is there and cannot be read.
         """
-        c = self.config
         checkpoints = RunCheckpoints(self.workdir / "checkpoints" / job.name)
+        at = self._place(job, variables, checkpoints)
+        per_epoch = len(self.feed.batches)
+        total = job.epochs * per_epoch
+        if at.step:
+            self.say(f"{job.name}: going on after epoch {at.step / per_epoch:.4g} of {job.epochs}")
+        if at.step < total:
+            self.writer.begin(job.name, at.step)
+        selection, schedule = replicate(selection, self.mesh), self.optimizer_of(job)[1]
+        with contextlib.ExitStack() as stack:
+            stack.callback(checkpoints.close)
+            stack.callback(self.writer.close)
+            bar = stack.enter_context(progress(total, at.step, job.name, "step"))
+            for d in stack.enter_context(contextlib.closing(self.feed.dispatches(at.step, total))):
+                compiled = self.step(job, d.rows, self.config.attack.pgd(at.step // per_epoch))
+                where = (d.data, d.order, np.int32(d.first), selection, self.feed.keys["step"], np.int32(d.steps))
+                at.state, metrics = compiled(at.state, *where)
+                at.pending.append(metrics)
+                at.step += d.steps
+                bar.update(d.steps)
+                ends_epoch = at.step % per_epoch == 0
+                if ends_epoch or at.step % self.config.log_every_steps == 0:
+                    self._log(job, at, float(schedule(at.step - 1)))
+                if ends_epoch:
+                    self._end_epoch(job, at, checkpoints, validate)
+                if at.step < total and preemption.asked():
+                    self._save(at, checkpoints)
+                    raise preemption.Preempted
+            best = checkpoints.restore_best(at.state, at.kept["best_step"])
+        return Best(best, at.kept["best_epoch"], at.kept["best_natural"], at.kept["best_robust"])
+
+    def _place(self, job: Job, variables: dict[str, Tree], checkpoints: RunCheckpoints) -> "_Place":
+        """The job's last checkpoint, or its beginning."""
         state = self.begin(job, variables)
-        # What a checkpoint holds beside the state: the best so far, the shape of an epoch, metrics not yet logged.
         kept: dict[str, Any] = {"best_step": -1, "best_epoch": 0, "best_natural": 0.0, "best_robust": -1.0}
         kept |= {"tail": self.feed.tail, "pending": []}
         if restored := checkpoints.restore_latest(state):
             state, kept = restored
             self.feed.keep_tail(kept["tail"])
-        per_epoch, step = len(self.feed.batches), int(state.step)
-        total = job.epochs * per_epoch
-        if step:
-            self.say(f"{job.name}: going on after epoch {step / per_epoch:.4g} of {job.epochs}")
-        if step < total:
-            self.writer.begin(job.name, step)
-        selection, schedule = replicate(selection, self.mesh), self.optimizer_of(job)[1]
-        pending: list[dict[str, Any]] = kept["pending"]
+        return _Place(state, int(state.step), kept, kept["pending"])
 
-        def save() -> None:
-            checkpoints.save_latest(state, kept | {"pending": [_total(pending)] if pending else []})
-            self.writer.flush()
+    def _save(self, at: "_Place", checkpoints: RunCheckpoints) -> None:
+        checkpoints.save_latest(at.state, at.kept | {"pending": [_total(at.pending)] if at.pending else []})
+        self.writer.flush()
 
-        def end_epoch() -> None:
-            last, done = step == total, step // per_epoch
-            improved = False
-            if last or done % c.evaluate.every_epochs == 0:
-                natural, robust = validate(state)
-                self.writer.write(job.name, step, {"epoch": done, "natural": natural, "robust": robust})
-                improved = robust > kept["best_robust"]
-                if improved:
-                    kept.update(best_step=step, best_epoch=done, best_natural=natural, best_robust=robust)
-                    checkpoints.save_best(state)
-            if last or improved or done % c.checkpoint_every_epochs == 0:
-                save()
+    def _end_epoch(
+        self,
+        job: Job,
+        at: "_Place",
+        checkpoints: RunCheckpoints,
+        validate: Callable[[TicketState], tuple[float, float]],
+    ) -> None:
+        """Validate and save as often as the configuration says; always at the end."""
+        c, improved, done = self.config, False, at.step // len(self.feed.batches)
+        last = done == job.epochs
+        if last or done % c.evaluate.every_epochs == 0:
+            natural, robust = validate(at.state)
+            self.writer.write(job.name, at.step, {"epoch": done, "natural": natural, "robust": robust})
+            improved = robust > at.kept["best_robust"]
+            if improved:
+                at.kept.update(best_step=at.step, best_epoch=done, best_natural=natural, best_robust=robust)
+                checkpoints.save_best(at.state)
+        if last or improved or done % c.checkpoint_every_epochs == 0:
+            self._save(at, checkpoints)
 
-        with contextlib.ExitStack() as stack:
-            stack.callback(checkpoints.close)
-            stack.callback(self.writer.close)
-            bar = stack.enter_context(progress(total, step, job.name, "step"))
-            for d in stack.enter_context(contextlib.closing(self.feed.dispatches(step, total))):
-                compiled = self.step(job, d.rows, c.attack.pgd(step // per_epoch))
-                where = (d.data, d.order, np.int32(d.first))
-                state, metrics = compiled(state, *where, selection, self.feed.keys["step"], np.int32(d.steps))
-                pending.append(metrics)
-                step += d.steps
-                bar.update(d.steps)
-                ends_epoch = step % per_epoch == 0
-                if ends_epoch or step % c.log_every_steps == 0:
-                    self._log(job, state, step, pending, float(schedule(step - 1)))
-                    pending = []
-                if ends_epoch:
-                    end_epoch()
-                if step < total and preemption.asked():
-                    save()
-                    raise preemption.Preempted
-            best = checkpoints.restore_best(state, kept["best_step"])
-        return Best(best, kept["best_epoch"], kept["best_natural"], kept["best_robust"])
-
-    def _log(self, job: Job, state: TicketState, step: int, pending: list, rate: float) -> None:
+    def _log(self, job: Job, at: "_Place", rate: float) -> None:
         """Fetch the metrics since the last call, the only host synchronisation; stop at what is not finite."""
-        row = means(_total(pending))
-        if not (math.isfinite(row["loss"]) and bool(_finite(job.target.trained(state)))):
-            raise FloatingPointError(_diagnose(job.name, step, row["loss"], state))
-        self.writer.write(job.name, step, {**row, "learning_rate": rate})
+        row = means(_total(at.pending))
+        if not (math.isfinite(row["loss"]) and bool(_finite(job.target.trained(at.state)))):
+            raise FloatingPointError(_diagnose(job.name, at.step, row["loss"], at.state))
+        self.writer.write(job.name, at.step, {**row, "learning_rate": rate})
+        at.pending = []
+
+
+@dataclasses.dataclass
+class _Place:
+    """Where a job is: what its checkpoint holds.
+
+    Attributes:
+      state: after `step` steps.
+      kept: plain values: the best so far, the shape of an epoch.
+      pending: metrics that are not yet logged.
+    """
+
+    state: TicketState
+    step: int
+    kept: dict[str, Any]
+    pending: list[dict[str, Any]]
 
 
 def _total(pending: list[dict[str, Any]]) -> dict[str, float]:
