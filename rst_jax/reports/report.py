@@ -34,7 +34,7 @@ def read_results(workdir: Path, names: list[str]) -> Results:
     folder = workdir / "results"
     tickets = [read_json(folder / f"{n}.json", TicketRecord) for n in names if (folder / f"{n}.json").exists()]
     if not tickets:
-        raise ValueError(f"{workdir}: nothing evaluated yet; run with --config.task=evaluate first.")
+        raise ValueError(f"{workdir}: nothing evaluated yet; run with --config.stages=('evaluate',) first.")
     transfer, r2s, gallery = (folder / n for n in ("transfer.json", "r2s.json", "gallery.npz"))
     return Results(
         tickets,
