@@ -263,6 +263,7 @@ def test_another_configuration_on_the_workdir_is_refused(finished, capsys, monke
         (["--config=configs/digits.py", "--config.remaining_ratios=(0.1,1.5)"], "fractions in (0, 1]; got 1.5"),
         (["--config=configs/digits.py", "--config.epochs=many"], "epochs"),
         (["--config=configs/digits.py", "--workdri=x"], "no option --workdri; did you mean '--workdir'?"),
+        (["draw"], "expected --config=FILE"),
         (["evaluat"], "no word 'evaluat'; did you mean 'evaluate'?"),
         (["--config=configs/digits.py:smoke"], "defines no smoke()"),
         (["--config=configs/digits_patterns.py:smok"], "has no variant 'smok'; did you mean 'smoke'?"),

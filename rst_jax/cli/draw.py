@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rst_jax.cli.config_file import ConfigFile
-from rst_jax.cli.options import Parser, add_sweep_index, config_file, number, sweep_index
+from rst_jax.cli.options import Parser, add_sweep_index, config_file, number, sweep_index, whole
 
 _DESCRIPTION = """Draw tickets and measure them, or do parts of that. Started again it goes on where it stopped.
 
@@ -49,8 +49,8 @@ def read(arguments: Sequence[str]) -> Asked:
     add("--workdir", metavar="DIR", help="where everything is written (default: runs/ and the config's name)")
     add("--minutes", type=_minutes, help="stop in time to be over after so many, saved; the same command goes on")
     add("--coordinator", metavar="HOST:PORT", help="of process 0 of several (jax.distributed); auto: the cluster tells")
-    add("--num_processes", type=int, metavar="N", help="how many processes")
-    add("--process_id", type=int, metavar="I", help="which of them this is")
+    add("--num_processes", type=whole, metavar="N", help="how many processes")
+    add("--process_id", type=whole, metavar="I", help="which of them this is")
     o = parser.parse(arguments)
     file = config_file(o)
     if sweep_index(o) is not None and file.points is None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rst_jax.cli.options import Parser, number
+from rst_jax.cli.options import Parser, number, whole
 from rst_jax.runtime import preemption, work
 from rst_jax.runtime.mesh import split_cpu
 from rst_jax.threat import ThreatModel
@@ -40,9 +40,9 @@ def _parser() -> Parser:
     add("--norm", choices=("linf", "l2"), default="linf")
     add("--eps", type=number, required=False, help="radius in [0, 1] image units, for instance 8/255")
     add("--eps_l2", type=number, default=0.5, help="radius of the L2 row of full (default: %(default)s)")
-    add("--examples", type=int, default=0, help="only the first so many test images")
-    add("--batch_size", type=int, default=250)
-    add("--seed", type=int, default=0)
+    add("--examples", type=whole, default=0, help="only the first so many test images")
+    add("--batch_size", type=whole, default=250)
+    add("--seed", type=whole, default=0)
     add("--faithful", action="store_true", help="keep the published attacks' quirks, for comparison")
     add("--keep_images", action="store_true", help="also write the adversarial images")
     add("--replay", default="", help="a card's folder: classify its adversarial images instead of making new ones")

@@ -88,13 +88,13 @@ def config_file(found: argparse.Namespace) -> ConfigFile:
     """
     if found.config is None:
         raise ValueError("expected --config=FILE, for instance --config=configs/digits.py; --help tells more.")
-    given = {name.removeprefix(_FIELD): value for name, value in vars(found).items() if value is not None}
-    return load(found.config, {name: value for name, value in given.items() if name in _kinds()})
+    given = {name: getattr(found, _FIELD + name) for name in _kinds()}
+    return load(found.config, {name: value for name, value in given.items() if value is not None})
 
 
 def add_sweep_index(parser: Parser) -> None:
     """--config.sweep_index."""
-    parser.add_argument(f"--{_INDEX}", type=_whole, metavar="I", help="of a sweep's points this one alone, from 0")
+    parser.add_argument(f"--{_INDEX}", type=whole, metavar="I", help="of a sweep's points this one alone, from 0")
 
 
 def sweep_index(found: argparse.Namespace) -> int | None:
@@ -125,7 +125,7 @@ def reader(kind: Any) -> Callable[[str], Any]:
     if kind is bool:
         return _truth
     if kind is int:
-        return _whole
+        return whole
     return number if kind is float or float in typing.get_args(kind) else str
 
 
@@ -133,15 +133,17 @@ def number(text: str) -> float:
     """A number or a fraction: 0.5, .5, 2e-3, 8/255."""
     above, slash, below = text.partition("/")
     try:
-        value = float(above) / float(below) if slash else float(above)
+        parts = [float(above), float(below) if slash else 1.0]
+        value = parts[0] / parts[1]
     except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if not math.isfinite(value):
+        parts, value = [], math.nan
+    if not all(map(math.isfinite, [*parts, value])):
         raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255; got {text!r}")
     return value
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
+    """A whole number."""
     try:
         return int(text)
     except ValueError:

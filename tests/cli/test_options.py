@@ -24,7 +24,9 @@ def test_numbers_and_fractions(text, value):
     assert number(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "/", "8/", "/8", "8/0", "nan", "inf", "1/2/3", "1/inf0", "8 255", "eight"])
+@pytest.mark.parametrize(
+    "text", ["", "/", "8/", "/8", "8/0", "nan", "inf", "1/2/3", "1/inf", "inf/2", "1e400", "8 255"]
+)
 def test_what_is_no_number_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="expected a number or a fraction such as 8/255; got"):
         number(text)
