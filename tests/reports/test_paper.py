@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import json
 import statistics
@@ -60,9 +61,13 @@ def test_files_and_page(tmp_path, shows):
     assert "digest-alone" in text
     found = json.loads((tmp_path / "results" / "sweep.json").read_text())
     assert found["lines"] == [json.loads(json.dumps(dataclasses.asdict(line))) for line in lines]
-    table = (tmp_path / "results" / "sweep.csv").read_text().splitlines()
-    assert len(table) == 8
-    assert table[1].startswith("pattern=row,ratio-0.1,0.1,3,1.0,0.0,0.4,0.1")
+    with (tmp_path / "results" / "sweep.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 7
+    assert (table[0]["group"], table[0]["ticket"], table[0]["n"]) == ("pattern=row", "ratio-0.1", "3")
+    assert float(table[0]["robust_mean"]) == lines[0].robust.mean
+    assert float(table[0]["robust_deviation"]) == lines[0].robust.deviation
+    assert table[-1]["robust_deviation"] == ""
     assert (tmp_path / "results" / "sweep.svg").read_text().startswith("<svg")
     assert paper.write(tmp_path / "plain", "mine", lines, MEASURED, None).read_text().count("<svg") == 0
 
