@@ -1,50 +1,32 @@
 """The command: `python -m rst_jax.main --config=configs/digits.py --workdir=runs/digits`.
 
 It draws tickets and measures them, or does parts of that (`--config.stages`). Started again on the same workdir it
-goes on where it stopped. Exit codes: 0 done; 1 the run failed; 2 the command, the configuration or the data
-are not right, and nothing was touched; 75 stopped before the end, by SIGTERM or because another process was lost, and
-the same command goes on.
+goes on where it stopped. Exit codes: 0 done; 1 the work failed; 2 the command, the configuration or the data
+are not right, and nothing was touched; 75 stopped before the end, by SIGTERM, because its minutes were over or because
+another process was lost, and the same command goes on.
 """
 
-import difflib
-import importlib.util
-import os
-import re
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import jax
-from absl import flags
-from ml_collections import config_flags
-
-from rst_jax import config as config_lib
-from rst_jax.cli import commands
-from rst_jax.experiments.draw import draw
-from rst_jax.experiments.run import Run
-from rst_jax.planning import plan
-from rst_jax.runtime import preemption
-from rst_jax.runtime.files import write_json
-from rst_jax.runtime.progress import make_say
+from rst_jax.config import near
+from rst_jax.runtime.preemption import EXIT_CODE as GOES_ON
+from rst_jax.runtime.preemption import Preempted
+from rst_jax.runtime.work import Failed, Lost
 
 _USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=DIR] [--config.FIELD=VALUE ...]
+       python -m rst_jax WORD ...
 
-  --config            a file in configs/; configs/base.py explains every field
-  --workdir           where everything is written (default: runs/<name of the config>)
-  --config.stages     which parts: search, dense, evaluate, transfer, r2s, cards, report (default: all)
-  evaluate, show      as the first word: an evaluation card of a ticket, and a look at one; see evaluate --help
-  plan                as the first word: what the configuration will cost on TPUs or GPUs; see plan --help
-  --coordinator, --num_processes, --process_id
-                      several processes (jax.distributed): the address of process 0 as HOST:PORT, how many, which;
-                      --coordinator=auto where the cluster tells (TPU pods, SLURM)
+The words, each with --help:
 """
-_LOST_AFTER = 60  # seconds without a sign of life from a process, after which the others end
-_PLAN_USAGE = """usage: python -m rst_jax plan --config=FILE --topology=v5e:4x4 [--json=FILE] [--config.FIELD=VALUE ...]
-
-Compiles the search step for a TPU topology without a TPU (needs libtpu: pip install "jax[tpu]"; minutes) and predicts
-memory, collectives, times and chip-hours from published rates. For GPUs (--topology=h200:8) by formula.
-"""
-_FRACTION = re.compile(r"^(--?config\.[\w.]+=)(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)$")  # --config.threat.eps=8/255
+# How it may end other than well: what was raised, the exit code, and what is said of it.
+_ENDS: tuple[tuple[tuple[type[BaseException], ...], int, str], ...] = (
+    ((Preempted,), GOES_ON, "{}; the same command goes on from here."),
+    ((Lost,), GOES_ON, "{}"),
+    ((Failed,), 1, "{}"),
+    ((KeyboardInterrupt,), 1, "stopped; the same command goes on from what was last saved."),
+    ((ValueError, OSError), 2, "{}"),
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,183 +36,69 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_command(argv: list[str]) -> int:
     """The command as a function: its exit code; errors are told on standard error in a sentence."""
-    if argv[1:2] == ["plan"]:
-        return _plan([argv[0], *argv[2:]])
-    if argv[1:2] in (["evaluate"], ["show"]):
-        return _word(argv[1], argv[2:])
-    if any(a in ("-h", "--help", "-help", "--helpfull") for a in argv[1:]):
-        print(_USAGE)
-        return 0
+    first, *rest = argv[1:] or [""]
     try:
-        config, options = _parse(argv)
-        if error := _connect(options):
-            return _fail(error, preemption.EXIT_CODE)
-        preemption.listen()
-        _set_up_compilation_cache(config.compilation_cache)
-        workdir = Path(options["workdir"])
-        say = make_say(jax.process_index() == 0)
-        run = Run(config, workdir, say)
-        run.check_init()
-        with run.claim.held():
-            return _work(run)
-    except (ValueError, OSError) as error:
-        return _fail(error, 2)
-
-
-def _word(word: str, arguments: list[str]) -> int:
-    """`evaluate` and `show`."""
-    try:
-        _set_up_compilation_cache("~/.cache/rst_jax")
-        commands.run(word, arguments)
-    except preemption.Preempted:
-        return _fail("stopped by SIGTERM; the same command goes on from here.", preemption.EXIT_CODE)
-    except KeyboardInterrupt:
-        return _fail("stopped; the same command goes on from the last finished batch.", 1)
-    except ValueError as error:
-        return _fail(error, 2)
-    except OSError as error:  # a full disk, for instance
-        return _fail(f"{error}; the same command goes on from the last finished batch.", 1)
-    except SystemExit as done:  # --help
-        return int(done.code or 0)
-    return 0
-
-
-def _plan(argv: list[str]) -> int:
-    """`plan --config=FILE --topology=v5e:4x4 [--json=FILE]`: what the configuration will cost there."""
-    if any(a in ("-h", "--help") for a in argv[1:]):
-        print(_PLAN_USAGE)
-        return 0
-    topology, rest = _take_option(argv, "topology")
-    out, rest = _take_option(rest, "json")
-    try:
-        if topology is None:
-            raise ValueError("expected --topology=CHIP:COUNT, for instance --topology=v5e:4x4 or --topology=h200:8.")
-        config, _ = _parse(rest)
-        made = plan.make_plan(config, topology)
-    except ValueError as error:
-        return _fail(error, 2)
-    print(plan.table(made))
-    if out:
-        write_json(Path(out), plan.to_dict(made))
-    return 0
-
-
-def _work(run: Run) -> int:
-    try:
-        draw(run)
-    except preemption.Preempted:
-        return _fail("stopped by SIGTERM; the same command goes on from here.", preemption.EXIT_CODE)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
-            return _fail(error, 1)
-        return _fail(f"another process was lost ({error}); start all of them again.", preemption.EXIT_CODE)
-    except (ValueError, FloatingPointError, OSError) as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("stopped; the same command goes on from the last checkpoint.", 1)
-    return 0
-
-
-def _fail(error: Any, code: int) -> int:
-    print(f"rst_jax: {error}", file=sys.stderr)
-    return code
-
-
-def _parse(argv: list[str]) -> tuple[config_lib.Config, dict[str, Any]]:
-    """The checked configuration and the other options of a command line.
-
-    Raises:
-      ValueError: anything that is not right, in one sentence.
-    """
-    named, rest = _take_option(argv[1:], "config")
-    if named is None:
-        raise ValueError("expected --config=FILE, for instance --config=configs/digits.py; --help tells more.")
-    path = Path(named)
-    if not path.is_file():
-        raise ValueError(f"there is no config file {path}.{_near_file(path)}")
-    for argument in rest:
-        field = argument.lstrip("-").split("=", 1)[0]
-        if field.startswith("config.") and field.removeprefix("config.") not in config_lib.field_names():
-            raise ValueError(config_lib.unknown_field(field.removeprefix("config.")))
-    rest = [_FRACTION.sub(_divided, argument) for argument in rest]
-    values = flags.FlagValues()
-    config_flag = config_flags.DEFINE_config_dict(
-        "config", _load_config(path), flag_values=values, sys_argv=[argv[0], *rest]
-    )
-    flags.DEFINE_string("workdir", None, "where everything is written", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "address of process 0, or auto", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "how many processes", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "which process this is", flag_values=values)
-    try:
-        rest = values([argv[0], *rest], known_only=False)
-    except (flags.Error, ValueError, TypeError) as error:
-        raise ValueError(f"{error}; --help tells more.") from error
-    if len(rest) > 1:
-        raise ValueError(f"expected options only, each as --name=value; got {' '.join(rest[1:])!r}.")
-    config = config_lib.from_dict(config_flag.value)
-    options = {name: values[name].value for name in ("coordinator", "num_processes", "process_id")}
-    return config, {**options, "workdir": values.workdir or f"runs/{path.stem}"}
-
-
-def _divided(match: re.Match[str]) -> str:
-    return f"{match[1]}{float(match[2]) / float(match[3])!r}"
-
-
-def _take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The last value of --name=value or --name value, and the other arguments."""
-    value, rest, waiting = None, [], iter(arguments)
-    for argument in waiting:
-        option, equals, given = argument.partition("=")
-        if argument.startswith("-") and option.lstrip("-") == name:
-            value = given if equals else next(waiting, "")
+        if first in ("-h", "--help"):
+            print(_USAGE + "\n".join(f"  {word:10}{says}" for word, (says, _) in WORDS.items()))
+        elif first in WORDS:
+            WORDS[first][1](rest)
+        elif first and first[0] != "-":
+            raise ValueError(f"there is no word {first!r}; {near(first, WORDS, '--help lists them.')}")
         else:
-            rest.append(argument)
-    return value, rest
+            _draw(argv[1:])
+    except SystemExit as done:  # --help of a word
+        return int(done.code or 0)
+    except tuple(kind for kinds, _, _ in _ENDS for kind in kinds) as error:
+        code, says = next((code, says) for kinds, code, says in _ENDS if isinstance(error, kinds))
+        print(f"rst_jax: {says.format(error)}", file=sys.stderr)
+        return code
+    return 0
 
 
-def _load_config(path: Path) -> Any:
-    """What get_config() of a config file returns; the file may import from the folder that its own folder lies in."""
-    spec = importlib.util.spec_from_file_location("rst_jax_config", path)
-    sys.path.insert(0, str(path.resolve().parent.parent))
-    try:
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-        return module.get_config()
-    except Exception as error:  # the file is somebody's Python
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
+def _draw(arguments: Sequence[str]) -> None:
+    """A run, or the points of a sweep."""
+    from rst_jax.cli import draw as command
+    from rst_jax.experiments import draw, sweep
+    from rst_jax.runtime import preemption, work
+
+    asked = command.read(arguments)
+    file = asked.file
+    points = sweep.expand(file.points, file.config, file.typed, file.figure) if file.points is not None else []
+    config = points[0].config if points else file.config()
+    taken = sweep.take(points, asked.sweep_index)
+    work.connect(asked.coordinator, asked.num_processes, asked.process_id)
+    preemption.listen(asked.minutes)
+    work.keep_programs(config.compilation_cache)
+    if points:
+        sweep.work(sweep.Sweep(file.name, asked.workdir, points, file.figure), taken)
+    else:
+        draw.start(config, asked.workdir)
 
 
-def _near_file(path: Path) -> str:
-    there = sorted(p.name for p in path.parent.glob("*.py") if p.name != "base.py") if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
-    return f" Did you mean {path.parent / near[0]}?" if near else f" There are: {', '.join(there)}." if there else ""
+def _evaluate(arguments: Sequence[str]) -> None:
+    from rst_jax.cli import evaluate
+
+    evaluate.run(arguments)
 
 
-def _connect(options: dict[str, Any]) -> str | None:
-    """Join the other processes; why that failed, or None.
+def _show(arguments: Sequence[str]) -> None:
+    from rst_jax.cli import show
 
-    Raises:
-      ValueError: an option is missing.
-    """
-    if options["coordinator"] is None:
-        return None
-    names = {"coordinator": "coordinator_address", "num_processes": "num_processes", "process_id": "process_id"}
-    where = {} if options["coordinator"] == "auto" else {to: options[name] for name, to in names.items()}
-    if None in where.values():
-        raise ValueError("--coordinator=HOST:PORT needs --num_processes and --process_id.")
-    try:
-        jax.distributed.initialize(**where, heartbeat_timeout_seconds=_LOST_AFTER)
-    except RuntimeError as error:
-        return f"the processes could not join at {options['coordinator']}: {error}"
-    return None
+    show.run(arguments)
 
 
-def _set_up_compilation_cache(folder: str) -> None:
-    if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+def _plan(arguments: Sequence[str]) -> None:
+    from rst_jax.cli import plan
+
+    plan.run(arguments)
+
+
+WORDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "draw": ("draw tickets and measure them; the word may be left out", _draw),
+    "evaluate": ("an evaluation card of a ticket", _evaluate),
+    "show": ("an evaluation card on the terminal", _show),
+    "plan": ("what a configuration will cost on TPUs or GPUs", _plan),
+}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ TINY = [
     "--config.evaluate.examples=61",
 ]
 # Twenty steps without an evaluation between them; what they leave is the checkpoint.
-TWENTY = [*TINY, "--config.train_examples=1280", "--config.task=search", "--config.log_every_steps=5"]
+TWENTY = [*TINY, "--config.train_examples=1280", "--config.stages=search", "--config.log_every_steps=5"]
 
 
 def start(workdir, devices, *more, options=TINY):
@@ -132,6 +132,16 @@ def test_a_signal_to_one_process_stops_both_and_they_go_on_as_one(tmp_path):
 
 
 @pytest.mark.slow
+def test_when_the_minutes_are_over_all_processes_stop_at_one_place(tmp_path):
+    codes, outs = ended(*start_all(tmp_path / "run", 2, options=[*TWENTY, "--minutes=0"]))
+    assert codes == [75, 75], outs
+    assert "stopped as the 0 minutes end; the same command goes on from here" in outs[0]
+    codes, outs = ended(start(tmp_path / "run", 2, options=TWENTY))
+    assert codes == [0], outs
+    assert "going on after epoch" in outs[0]
+
+
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_with_a_code_to_start_again(tmp_path):
     long = [*TWENTY, "--config.epochs=50", "--config.evaluate.every_epochs=50"]
     processes = start_all(tmp_path / "run", 2, options=long)
@@ -149,10 +159,10 @@ def test_a_killed_process_ends_the_others_with_a_code_to_start_again(tmp_path):
 def test_a_card_of_two_processes_is_that_of_one(tmp_path):
     """The second process never writes; both see the finished rows, and the first holds the folder."""
     few = [*TINY, "--config.evaluate.examples=8"]
-    codes, outs = ended(start(tmp_path / "one", 2, options=[*few, "--config.task=search"]))
+    codes, outs = ended(start(tmp_path / "one", 2, options=[*few, "--config.stages=search"]))
     assert codes == [0], outs
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    card = [*few, "--config.task=evaluate", "--config.evaluate.card=autoattack"]
+    card = [*few, "--config.stages=evaluate,cards,report", "--config.evaluate.card=autoattack"]
     codes, outs = ended(start(tmp_path / "one", 2, options=card))
     assert codes == [0], outs
     for _ in range(2):  # the second time every row is there

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rst_jax import records
+from rst_jax import main, records
 from rst_jax.main import run_command
+from rst_jax.runtime import preemption, work
 from rst_jax.tickets.file import load_ticket
 from rst_jax.tickets.r2s import load_r2s
 
@@ -198,6 +199,20 @@ def test_sigterm_saves_and_the_run_goes_on_as_never_stopped(finished, environmen
 
 
 @pytest.mark.slow
+def test_its_minutes_over_it_stops_saved_and_goes_on(environment, tmp_path):
+    """Without time it only stops what it began; then a few seconds after the first step; then to the end."""
+    few = ["--config.remaining_ratios=(0.3,)", "--config.dense.train=False", "--config.log_every_steps=1"]
+    for minutes, code in (("0", 75), ("5", 0)):
+        done = subprocess.run(
+            command(tmp_path / "w", *few, "--minutes", minutes),
+            env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert ("stopped as the 0 minutes end; the same command goes on from here." in done.stderr) == (code == 75)
+    assert "ratio-0.3: going on after epoch 0.05 of 3" in done.stdout
+
+
+@pytest.mark.slow
 def test_what_is_finished_is_not_searched_again(finished, environment):
     workdir = finished[0]
     before = {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*/latest/*")}
@@ -242,12 +257,32 @@ def test_another_configuration_on_the_workdir_is_refused(finished, capsys, monke
     ("arguments", "words"),
     [
         ([], "expected --config=FILE"),
-        (["--config=configs/digit.py"], "Did you mean configs/digits.py?"),
+        (["--config=configs/digit.py"], "did you mean 'digits.py'?"),
         (["--config=configs/digits.py", "--config.remaining_ratio=(0.1,)"], "did you mean 'remaining_ratios'?"),
         (["--config=configs/digits.py", "--config.threat.eps=8"], "threat.eps must be in [0, 1]; got 8.0"),
         (["--config=configs/digits.py", "--config.remaining_ratios=(0.1,1.5)"], "fractions in (0, 1]; got 1.5"),
         (["--config=configs/digits.py", "--config.epochs=many"], "epochs"),
-        (["--config=configs/digits.py", "--workdri=x"], "workdri"),
+        (["--config=configs/digits.py", "--workdri=x"], "no option --workdri; did you mean '--workdir'?"),
+        (["draw"], "expected --config=FILE"),
+        (["evaluat"], "no word 'evaluat'; did you mean 'evaluate'?"),
+        (["--config=configs/digits.py:smoke"], "defines no smoke()"),
+        (["--config=configs/digits_patterns.py:smok"], "has no variant 'smok'; did you mean 'smoke'?"),
+        (["--config=configs/digits.py", "--config.task=search"], "did you mean 'stages'?"),
+        (["--config=configs/digits.py", "--config.stages=evalute"], "did you mean 'evaluate'?"),
+        (["--config=configs/digits.py", "--config.threat=8/255"], "'threat' is a section"),
+        (["--config=configs/digits.py", "--config.threat.eps", "8/0"], "a fraction such as 8/255; got '8/0'"),
+        (["--config=configs/digits.py", "--config.flip=maybe"], "expected true or false; got 'maybe'"),
+        (["--config=configs/digits.py", "--config.epochs"], "--config.epochs: expected one argument"),
+        (["--config=configs/digits.py", "--minutes=soon"], "--minutes: expected a number"),
+        (["--config=configs/digits.py", "--minutes", "-1"], "--minutes: expected at least 0; got '-1'"),
+        (["--config=configs/digits.py", "--config.sweep_index=0"], "defines no sweep()"),
+        (["--config=configs/digits_patterns.py", "--config.sweep_index=6"], "must lie in 0 to 5"),
+        (["--config=configs/digits_patterns.py", "--config.sweep_index=x"], "expected a whole number; got 'x'"),
+        (["--config=configs/digits_patterns.py", "--config.sweep_idx=1"], "did you mean 'sweep_index'?"),
+        (["--config=configs/digits_patterns.py", "--config.pattern=row"], "the sweep sets it in its points"),
+        (["--config=configs/digits_patterns.py", "--config.model=resnet17"], "point 'element-0': model must be one of"),
+        (["--config=configs/digits_patterns.py", "--config.holdout=-1"], "point 'element-0': config: holdout"),
+        (["--config=configs/digits_patterns.py", "--config.stages=report"], "holds no run yet"),
         (["--config=configs/digits.py", "extra"], "'extra'"),
         (["--config=configs/digits.py", "--config.model=resnet17"], "resnet18"),
         (["--config=configs/digits.py", "--config.weight_init=zeros"], "signed_kaiming_constant"),
@@ -300,17 +335,32 @@ def test_a_part_without_what_it_needs_says_so_and_writes_nothing(tmp_path, capsy
         assert not workdir.exists()
 
 
-def test_a_fraction_may_be_written_as_one():
-    from rst_jax.main import _parse
-
-    config, options = _parse(["main", "--config=configs/digits.py", "--config.threat.eps=8/255"])
-    assert config.threat.eps == 8 / 255
-    assert options["workdir"] == "runs/digits"
-
-
-def test_help(capsys):
+def test_help_lists_the_words(capsys):
     assert run_command(["main", "--help"]) == 0
-    assert "usage: python -m rst_jax.main --config=" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "usage: python -m rst_jax.main --config=" in told
+    for word in ("draw", "evaluate", "show", "plan"):
+        assert f"\n  {word} " in told
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (preemption.Preempted(), 75, "stopped by SIGTERM; the same command goes on from here."),
+        (work.Lost("another process was lost"), 75, "another process was lost"),
+        (work.Failed("no space left"), 1, "no space left"),
+        (KeyboardInterrupt(), 1, "stopped; the same command goes on from what was last saved."),
+        (ValueError("expected this"), 2, "expected this"),
+        (PermissionError("not yours"), 2, "not yours"),
+    ],
+)
+def test_how_it_ends_is_told_by_a_code_and_a_sentence(raised, code, words, capsys, monkeypatch):
+    def word(arguments):
+        raise raised
+
+    monkeypatch.setitem(main.WORDS, "show", ("", word))
+    assert run_command(["main", "show"]) == code
+    assert capsys.readouterr().err == f"rst_jax: {words}\n"
 
 
 @pytest.mark.slow

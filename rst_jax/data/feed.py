@@ -90,7 +90,7 @@ class Feed:
         if self.streamed:
             self.steps_per_dispatch = 1
         else:
-            self._data = replicate(Images(split.images, split.labels, split.ids, split.levels), mesh)  # type: ignore[arg-type]
+            self._data = replicate(Images(split.images, split.labels, split.ids, split.levels), mesh)
         self._order = jax.jit(
             lambda key, epoch: epoch_order(jax.random.wrap_key_data(key), epoch, n),
             # Batches are decoded in another thread, whose programs must not come between those over the mesh.

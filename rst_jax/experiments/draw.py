@@ -5,7 +5,9 @@ digests, names the stage that it misses, and passes a preemption point between i
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
+from rst_jax.config import Config
 from rst_jax.experiments.evaluate import cards, evaluate
 from rst_jax.experiments.run import Run
 from rst_jax.experiments.search import dense, search
@@ -13,6 +15,9 @@ from rst_jax.experiments.switching import switch
 from rst_jax.experiments.transfer import transfer
 from rst_jax.reports.report import table, write_report
 from rst_jax.reports.results import read_results
+from rst_jax.runtime.mesh import is_main
+from rst_jax.runtime.progress import make_say
+from rst_jax.runtime.work import at_work
 
 
 def report(run: Run) -> None:
@@ -41,3 +46,15 @@ def draw(run: Run) -> None:
     """The stages that the configuration names, in its order."""
     for name in run.config.stages:
         STAGES[name](run)
+
+
+def start(config: Config, workdir: Path) -> None:
+    """Draw in a workdir, checked and held.
+
+    Raises:
+      ValueError: it cannot be run; nothing was written. Preempted, Failed, Lost: it ended before its end.
+    """
+    run = Run(config, workdir, make_say(is_main()))
+    run.check_init()
+    with run.claim.held(), at_work():
+        draw(run)

@@ -109,6 +109,18 @@ class InUse(ValueError):
     """Another process holds the folder."""
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the folder now; for a look before a claim, which alone decides."""
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields of nested sections by their dotted names."""
     found: dict[str, Any] = {}

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rst_jax.cli.commands import _fraction
 from rst_jax.main import run_command
 from rst_jax.runtime.files import read_arrays
 
@@ -55,10 +54,11 @@ def test_a_ticket_is_evaluated_shown_and_replayed(tmp_path, capsys):
         (("no.ticket", *DIGITS), "no.ticket: there is no such file"),
         ((__file__, *DIGITS), "not a readable file of arrays"),
         ((TICKET, "--dataset", "digits"), "expected --eps"),
-        ((TICKET, *DIGITS, "--atacks", "fgsm"), "no option --atacks, did you mean --attacks?"),
+        ((TICKET, *DIGITS, "--atacks", "fgsm"), "no option --atacks; did you mean '--attacks'?"),
         ((TICKET, "--dataset", "digits", "--eps", "8"), "must lie in [0, 1]"),
         ((TICKET, "--dataset", "digits", "--eps", "8/0"), "expected a number or a fraction"),
         ((TICKET, *DIGITS, "--attacks", "pgd20"), "did you mean 'pgd-20'?"),
+        ((TICKET, *DIGITS, "--examples", "few"), "expected a whole number; got 'few'"),
         ((TICKET, *DIGITS, "--norm", "l1"), "invalid choice: 'l1'"),
         ((TICKET, *DIGITS, "--batch_size", "0"), "--batch_size must be at least 1"),
         ((TICKET, "--dataset", "npz", "--data_path", "no.npz", "--eps", "0.1"), "there is none at no.npz"),
@@ -89,15 +89,10 @@ def test_no_card_is_told(capsys, tmp_path):
     assert "expected a CardRecord" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("word", ["evaluate", "show"])
+@pytest.mark.parametrize("word", ["draw", "evaluate", "show", "plan"])
 def test_help_is_printed(word, capsys):
     assert typed(word, "--help") == 0
     assert "usage: python -m rst_jax" in capsys.readouterr().out
-
-
-def test_fractions():
-    assert _fraction("8/255") == 8 / 255
-    assert _fraction(".5") == 0.5
 
 
 @pytest.mark.slow

@@ -1,0 +1,24 @@
+"""`show`: an evaluation card on the terminal."""
+
+from collections.abc import Sequence
+
+from rst_jax.cli.options import Parser
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The arguments after the word.
+
+    Raises:
+      ValueError: what is not right, in a sentence.
+    """
+    parser = Parser("show", "Print an evaluation card.")
+    parser.add_argument("card", help="its folder, or its card.json")
+    parser.add_argument("--checks", action="store_true", help="also every check, with what was measured")
+    o = parser.parse(arguments)
+    from rst_jax.reports.card_table import load_card, table
+
+    record = load_card(o.card)
+    print(table(record))
+    if o.checks:
+        for check in record.checks:
+            print(f"{'passed' if check.passed else 'FAILED'}  {check.name}: {check.measured}")
