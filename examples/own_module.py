@@ -56,7 +56,9 @@ def main() -> None:
         evaluate=Evaluate(step_size=0.012),
     )
     data, mesh, net = load_dataset(config), make_mesh(jax.devices()[:1]), Net()
-    keys = {name: np.asarray(jax.random.key_data(jax.random.key(k))) for k, name in enumerate(("order", "step", "test"))}
+    keys = {
+        name: np.asarray(jax.random.key_data(jax.random.key(k))) for k, name in enumerate(("order", "step", "test"))
+    }
     variables = init_variables(net, (8, 8, 1), jax.random.key(0))
     kept = subnet.kept_counts(variables["scores"], RATIO)
     evaluator = Evaluator(net, config, mesh, keys["test"])
@@ -75,7 +77,9 @@ def main() -> None:
     for name, scores in (("ticket", best.state.scores), ("random mask", random)):
         natural, robust = accuracies(scores, best.state.batch_stats, "test")
         attack = evaluator.attack_record
-        print(f"{name}, ratio {RATIO}: {100 * natural:.1f} % natural, {100 * robust:.1f} % {attack.name} at {attack.eps}")
+        print(
+            f"{name}, ratio {RATIO}: {100 * natural:.1f} % natural, {100 * robust:.1f} % {attack.name} at {attack.eps}"
+        )
 
 
 if __name__ == "__main__":

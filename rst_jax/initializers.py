@@ -12,11 +12,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from rst_jax.config import Pattern
 from rst_jax.subnet import is_kernel, score_structs
 
-Tree = Any
 Sampler = Callable[[jax.Array, tuple[int, ...], float, Any], jax.Array]
 _GAIN = math.sqrt(2.0)
 
@@ -83,7 +83,7 @@ def _layer_key(key: jax.Array, path: tuple) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
 
 
-def sample_weights(key: jax.Array, params: Tree, name: str, fan_scale: float = 1.0) -> Tree:
+def sample_weights(key: jax.Array, params: PyTree, name: str, fan_scale: float = 1.0) -> PyTree:
     """`params` (arrays or shapes) with every kernel sampled anew from the distribution `name`; other leaves stay.
 
     Args:
@@ -106,7 +106,7 @@ def sample_weights(key: jax.Array, params: Tree, name: str, fan_scale: float = 1
     return jax.tree_util.tree_map_with_path(sample, params)
 
 
-def sample_scores(key: jax.Array, params: Tree, pattern: Pattern, dtype: Any = jnp.float32) -> Tree:
+def sample_scores(key: jax.Array, params: PyTree, pattern: Pattern, dtype: Any = jnp.float32) -> PyTree:
     """Scores of every kernel: U(+-1/sqrt(fan)), the fan that of the score's own shape; filter: N(0, 1).
 
     The fan of an element is in * height * width, of a row in * height, of a kernel in (paper's released code).
@@ -130,7 +130,7 @@ def init_variables(
     pattern: Pattern = "element",
     weight_init: str = "signed_kaiming_constant",
     fan_scale: float = 1.0,
-) -> dict[str, Tree]:
+) -> dict[str, PyTree]:
     """The three collections of a network that nobody trained: params, scores, batch_stats.
 
     Kernels and scores are sampled from keys of their own layers; other parameters are the module's.
@@ -145,7 +145,7 @@ def init_variables(
     images = jnp.zeros((1, *image_shape))
     shapes = jax.eval_shape(lambda k: model.init(k, images, train=False), key)
 
-    def rest(k: jax.Array) -> Tree:
+    def rest(k: jax.Array) -> PyTree:
         """What the module sets itself; XLA drops the kernels' own initialisation."""
         made = model.init(k, images, train=False)
         others = jax.tree_util.tree_map_with_path(
@@ -153,7 +153,7 @@ def init_variables(
         )
         return others, made.get("batch_stats", {})
 
-    def everything(k: jax.Array) -> dict[str, Tree]:
+    def everything(k: jax.Array) -> dict[str, PyTree]:
         others, batch_stats = rest(k)
         params = jax.tree.map(
             lambda own, struct: struct if own is None else own,

@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from rst_jax.config import Pattern
-
-Tree = Any
 
 
 def is_kernel(path: tuple, leaf: Any) -> bool:
@@ -47,7 +45,7 @@ def kept_count(n: int, remaining_ratio: float) -> int:
     return n - int((1 - remaining_ratio) * n)
 
 
-def kept_counts(scores: Tree, remaining_ratio: float) -> Tree:
+def kept_counts(scores: PyTree, remaining_ratio: float) -> PyTree:
     """The kept count of every layer (int32 scalars in the scores' tree): arguments of the step, not constants.
 
     Raises:
@@ -151,12 +149,12 @@ def _backward(residuals: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, Non
 straight_through.defvjp(_forward, _backward)
 
 
-def masks(scores: Tree, kept: Tree) -> Tree:
+def masks(scores: PyTree, kept: PyTree) -> PyTree:
     """The boolean mask of every layer, in the scores' tree and shapes; `kept` as from `kept_counts`."""
     return jax.tree.map(top_k_mask, scores, kept)
 
 
-def materialise(params: Tree, scores: Tree, drawn: Tree) -> Tree:
+def materialise(params: PyTree, scores: PyTree, drawn: PyTree) -> PyTree:
     """The subnetwork's weights, whose gradient reaches the scores straight through the masks `drawn` from them.
 
     Parameters without scores are passed on as they are.
@@ -164,12 +162,12 @@ def materialise(params: Tree, scores: Tree, drawn: Tree) -> Tree:
     return _at_kernels(straight_through, params, scores, drawn)
 
 
-def apply_masks(params: Tree, fixed: Tree) -> Tree:
+def apply_masks(params: PyTree, fixed: PyTree) -> PyTree:
     """params * mask for masks that are not being searched; parameters without a mask stay as they are."""
     return _at_kernels(lambda weight, mask: weight * mask.astype(weight.dtype), params, fixed)
 
 
-def _at_kernels(combine: Any, params: Tree, *trees: Tree) -> Tree:
+def _at_kernels(combine: Any, params: PyTree, *trees: PyTree) -> PyTree:
     if not isinstance(params, dict):
         return combine(params, *trees)
     return {
@@ -178,12 +176,12 @@ def _at_kernels(combine: Any, params: Tree, *trees: Tree) -> Tree:
     }
 
 
-def pack(mask: Tree) -> Tree:
+def pack(mask: PyTree) -> PyTree:
     """Masks as bytes, eight to a byte, most significant bit first, in C order."""
     return jax.tree.map(lambda m: np.packbits(np.asarray(m, bool).reshape(-1)), mask)
 
 
-def unpack(packed: Tree, shapes: Tree) -> Tree:
+def unpack(packed: PyTree, shapes: PyTree) -> PyTree:
     """The inverse of `pack`; `shapes` is a tree of arrays or ShapeDtypeStructs of the masks' shapes."""
     return jax.tree.map(
         lambda p, s: np.unpackbits(np.asarray(p), count=int(np.prod(s.shape))).astype(bool).reshape(s.shape),
@@ -192,14 +190,14 @@ def unpack(packed: Tree, shapes: Tree) -> Tree:
     )
 
 
-def kernels(params: Tree) -> Tree:
+def kernels(params: PyTree) -> PyTree:
     """The subtree of the kernels alone.
 
     Raises:
       ValueError: there is none.
     """
 
-    def visit(tree: Tree) -> Tree:
+    def visit(tree: PyTree) -> PyTree:
         found = {name: visit(value) if isinstance(value, dict) else value for name, value in tree.items()}
         return {
             name: value
@@ -213,6 +211,6 @@ def kernels(params: Tree) -> Tree:
     return found
 
 
-def score_structs(params: Tree, pattern: Pattern, dtype: Any = jnp.float32) -> Tree:
+def score_structs(params: PyTree, pattern: Pattern, dtype: Any = jnp.float32) -> PyTree:
     """ShapeDtypeStructs of the scores of every kernel in `params`."""
     return jax.tree.map(lambda k: jax.ShapeDtypeStruct(score_shape(k.shape, pattern), dtype), kernels(params))

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax import subnet
 from rst_jax.config import Config
@@ -27,7 +28,6 @@ from rst_jax.tickets.ticket import Ticket
 from rst_jax.training.loop import Trainer
 from rst_jax.training.metrics import MetricsWriter
 
-Tree = Any
 DENSE = "dense"  # the dense network's name in the workdir
 _PURPOSES = ("init", "order", "step", "evaluate")
 
@@ -116,7 +116,7 @@ class Run:
         return Evaluator(self.model.make(), self.config, self.mesh, self.key("evaluate"))
 
     @cached_property
-    def variables(self) -> dict[str, Tree]:
+    def variables(self) -> dict[str, PyTree]:
         """The untrained network that every ratio starts from: params, scores, batch_stats."""
         c = self.config
         return init_variables(

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax import subnet
-from rst_jax.experiments.run import DENSE, Run, Tree, name_of
+from rst_jax.experiments.run import DENSE, Run, name_of
 from rst_jax.tickets.store import save_tickets
 from rst_jax.tickets.ticket import Kind, Origin, Ticket
 from rst_jax.training.loop import Job
@@ -39,7 +40,7 @@ def dense(run: Run) -> None:
     _draw(run, job, {**run.variables, "scores": {}}, {}, "dense", 1.0)
 
 
-def _draw(run: Run, job: Job, variables: dict[str, Tree], selection: Tree, kind: Kind, ratio: float) -> None:
+def _draw(run: Run, job: Job, variables: dict[str, PyTree], selection: PyTree, kind: Kind, ratio: float) -> None:
     if job.name in run.store:
         ticket = run.store.load(job.name)
         if (ticket.kind, ticket.remaining_ratio) != (kind, ratio):
@@ -76,7 +77,7 @@ def _draw(run: Run, job: Job, variables: dict[str, Tree], selection: Tree, kind:
 
 
 def _validation(
-    run: Run, job: Job, masks_of: Callable[[TicketState, Tree], Tree], selection: Tree
+    run: Run, job: Job, masks_of: Callable[[TicketState, PyTree], PyTree], selection: PyTree
 ) -> Callable[[TicketState], tuple[float, float]]:
     """Natural and robust accuracy of a state on the images that choose the best one."""
     masked = jax.jit(subnet.apply_masks)

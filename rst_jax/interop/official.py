@@ -1,23 +1,22 @@
 """Checkpoints of the paper's released PyTorch code as our collections."""
 
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax.config import Pattern
 from rst_jax.subnet import is_kernel, kernels, score_shape
 
-Tree = Any
 _PATTERNS: dict[int, Pattern] = {4: "element", 3: "row", 2: "kernel", 1: "filter"}  # by the axes of a score
 
 
 def from_official(
     path: str | Path, model: nn.Module, image_shape: tuple[int, int, int] = (32, 32, 3)
-) -> dict[str, Tree]:
+) -> dict[str, PyTree]:
     """The released code's checkpoint as {"params", "scores", "batch_stats"} of `model`.
 
     A parameter's official name is its path in our tree with "." for "/" and "_". Kernels OIHW become HWIO (or

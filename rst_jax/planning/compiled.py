@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from rst_jax.config import Config
 from rst_jax.data.catalog import CATALOG
@@ -21,8 +22,6 @@ from rst_jax.training.loop import Job, make_job_step
 from rst_jax.training.optimizer import make_optimizer, make_schedule
 from rst_jax.training.state import TicketState
 from rst_jax.training.target import Scores
-
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ def _without_standard_error() -> Iterator[None]:
 
 
 def compile_step(
-    config: Config, mesh: Mesh, variables: Tree, image_shape: tuple[int, ...], classes: int, n: int
+    config: Config, mesh: Mesh, variables: PyTree, image_shape: tuple[int, ...], classes: int, n: int
 ) -> Compiled:
     """The step of the loop, compiled for a mesh; arguments are shapes alone."""
     types: dict[str, Any] = {"dtype": jnp.bfloat16, "bn_axis": AXIS if config.bn_sync else None, "remat": config.remat}
@@ -89,7 +88,7 @@ def compile_step(
         config, model, optimizer, job, mesh, rows, config.attack.pgd(config.epochs), many=False, streamed=streamed
     )
 
-    def placed(tree: Tree, spec: PartitionSpec) -> Tree:
+    def placed(tree: PyTree, spec: PartitionSpec) -> PyTree:
         sharding = NamedSharding(mesh, spec)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from rst_jax.config import Config
 from rst_jax.data.catalog import CATALOG
@@ -23,7 +24,6 @@ from rst_jax.planning.compiled import Compiled, compile_step, topology_devices
 from rst_jax.runtime.mesh import make_mesh
 from rst_jax.runtime.operations import operations, outputs, step_operations
 
-Tree = Any
 _PASSES = 13  # over a layer's output in one gradient: write, statistics twice, normalise, relu and their gradients
 _MASK_PASSES = 8 + 3  # over the scores: the threshold four bits a pass, ties, the mask
 
@@ -87,7 +87,7 @@ def make_plan(config: Config, topology: str) -> Plan:
     shown = {k: variables[k] for k in ("params", "batch_stats")}
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
-    def forward(v: Tree, x: jax.Array) -> Any:
+    def forward(v: PyTree, x: jax.Array) -> Any:
         return model.apply(v, x, train=False)
 
     scores, statistics = (

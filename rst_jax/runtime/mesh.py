@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 AXIS = "data"
-Tree = Any
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -37,7 +37,7 @@ def on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Arrays that every process holds alike, as global arrays on every device."""
     sharding = NamedSharding(mesh, PartitionSpec())
 
@@ -72,7 +72,7 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="rows")
 
 
-def make_tree(n: int, rows: Callable[[slice], Tree], mesh: Mesh) -> Tree:
+def make_tree(n: int, rows: Callable[[slice], PyTree], mesh: Mesh) -> PyTree:
     """As `make_rows`, a tree of arrays [n, ...] that are made together."""
     places: Any = NamedSharding(mesh, PartitionSpec(AXIS)).addressable_devices_indices_map((n,)).values()
     made = _threads().map(lambda index: rows(*index), places)
@@ -87,7 +87,7 @@ def make_tree(n: int, rows: Callable[[slice], Tree], mesh: Mesh) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(some), arrays)
 
 
-def fetch(tree: Tree) -> Tree:
+def fetch(tree: PyTree) -> PyTree:
     """Global arrays, replicated or split by rows, as whole NumPy arrays on every process."""
 
     def get(leaf: Any) -> np.ndarray:
@@ -98,7 +98,7 @@ def fetch(tree: Tree) -> Tree:
     return jax.tree.map(get, tree)
 
 
-def from_main(tree: Tree) -> Tree:
+def from_main(tree: PyTree) -> PyTree:
     """What the first process holds, on all of them: arrays of the same shapes everywhere. They wait for one another.
 
     What depends on files must go through here, since processes may see a file at different times.

@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax.models import ModelSpec
 from rst_jax.runtime.files import read_arrays, write_arrays
 from rst_jax.tickets.ticket import Origin, Ticket
 
-Tree = Any
 _FORMAT = 1
 
 
@@ -127,12 +127,12 @@ def _grow(stored: np.ndarray) -> np.ndarray:
     return np.where(positive, stored["magnitude"], -stored["magnitude"]).astype(stored["magnitude"].dtype)
 
 
-def _flat(tree: Tree) -> list[tuple[str, Any]]:
+def _flat(tree: PyTree) -> list[tuple[str, Any]]:
     return [("/".join(p.key for p in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _nest(flat: dict[str, Any]) -> Tree:
-    tree: Tree = {}
+def _nest(flat: dict[str, Any]) -> PyTree:
+    tree: PyTree = {}
     for name, value in flat.items():
         *folders, last = name.split("/")
         here = tree

@@ -7,19 +7,17 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from rst_jax import subnet
 from rst_jax.models import ModelSpec
 from rst_jax.runtime.mesh import from_main, is_main
 from rst_jax.tickets.file import load_ticket, origin_of, save_ticket
 from rst_jax.tickets.ticket import Ticket
-
-Tree = Any
 
 
 class TicketStore:
@@ -63,7 +61,7 @@ class TicketStore:
         return [ticket for ticket in found if ticket.kind == "scratch"]
 
 
-def save_tickets(directory: Path, params: Tree, tickets: Sequence[Ticket]) -> None:
+def save_tickets(directory: Path, params: PyTree, tickets: Sequence[Ticket]) -> None:
     """One checkpoint: the weights that the tickets share, and of each its packed masks and its batch statistics.
 
     Args:

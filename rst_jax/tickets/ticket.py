@@ -8,12 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax import subnet
 from rst_jax.models import ModelSpec
 from rst_jax.records import digest
 
-Tree = Any
 Kind = Literal["scratch", "finetuned", "trained", "dense"]
 
 
@@ -59,9 +59,9 @@ class Ticket:
     model: ModelSpec
     image_shape: tuple[int, ...]
     remaining_ratio: float
-    weights: Tree
-    masks: Tree
-    batch_stats: Tree
+    weights: PyTree
+    masks: PyTree
+    batch_stats: PyTree
     kind: Kind = "scratch"
     origin: Origin = Origin()
 
@@ -71,7 +71,7 @@ class Ticket:
         return self.origin.name
 
     @property
-    def variables(self) -> dict[str, Tree]:
+    def variables(self) -> dict[str, PyTree]:
         """What the module's `apply` takes."""
         return {"params": self.weights, "batch_stats": self.batch_stats}
 
@@ -81,9 +81,9 @@ class Ticket:
         model: ModelSpec,
         image_shape: tuple[int, ...],
         ratio: float,
-        params: Tree,
-        masks: Tree,
-        batch_stats: Tree,
+        params: PyTree,
+        masks: PyTree,
+        batch_stats: PyTree,
         kind: Kind = "scratch",
         origin: Origin = Origin(),
     ) -> "Ticket":
@@ -134,5 +134,5 @@ class Ticket:
 
 
 @partial(jax.jit, static_argnums=0)
-def _logits(module: nn.Module, variables: Tree, images: jax.Array) -> Any:
+def _logits(module: nn.Module, variables: PyTree, images: jax.Array) -> Any:
     return module.apply(variables, images, train=False)

@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from rst_jax.training.state import TicketState
-
-Tree = Any
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
@@ -83,5 +82,5 @@ class RunCheckpoints:
         self._best.close()
 
 
-def _abstract(tree: Tree) -> Tree:
+def _abstract(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)

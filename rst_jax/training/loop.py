@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from rst_jax.config import Config, Optimizer, PGDSettings
 from rst_jax.data.feed import Feed
@@ -24,8 +25,6 @@ from rst_jax.training.optimizer import make_optimizer, make_schedule
 from rst_jax.training.state import TicketState
 from rst_jax.training.step import Settings, make_train_step
 from rst_jax.training.target import Target
-
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Trainer:
         schedule = make_schedule(job.optimizer, job.epochs, len(self.feed.batches))
         return make_optimizer(job.optimizer, schedule), schedule
 
-    def begin(self, job: Job, variables: dict[str, Tree]) -> TicketState:
+    def begin(self, job: Job, variables: dict[str, PyTree]) -> TicketState:
         """A state at step 0, on the mesh; the step may take its buffers, so they are copies."""
         optimizer, _ = self.optimizer_of(job)
         variables = jax.tree.map(jnp.copy, variables)
@@ -128,8 +127,8 @@ class Trainer:
     def run(
         self,
         job: Job,
-        variables: dict[str, Tree],
-        selection: Tree,
+        variables: dict[str, PyTree],
+        selection: PyTree,
         validate: Callable[[TicketState], tuple[float, float]],
     ) -> Best:
         """Train from step 0 or from the job's last checkpoint, and return its best state.
@@ -176,7 +175,7 @@ class Trainer:
             best = checkpoints.restore_best(at.state, at.kept["best_step"])
         return Best(best, at.kept["best_epoch"], at.kept["best_natural"], at.kept["best_robust"])
 
-    def _place(self, job: Job, variables: dict[str, Tree], checkpoints: RunCheckpoints) -> "_Place":
+    def _place(self, job: Job, variables: dict[str, PyTree], checkpoints: RunCheckpoints) -> "_Place":
         """The job's last checkpoint, or its beginning."""
         state = self.begin(job, variables)
         kept: dict[str, Any] = {"best_step": -1, "best_epoch": 0, "best_natural": 0.0, "best_robust": -1.0}
@@ -242,7 +241,7 @@ def _total(pending: list[dict[str, Any]]) -> dict[str, float]:
 
 
 @jax.jit
-def _finite(tree: Tree) -> jax.Array:
+def _finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 

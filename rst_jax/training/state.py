@@ -3,8 +3,7 @@
 from typing import Any
 
 import flax.struct
-
-Tree = Any
+from jaxtyping import PyTree
 
 
 @flax.struct.dataclass
@@ -20,7 +19,7 @@ class TicketState:
     """
 
     step: Any
-    params: Tree
-    scores: Tree
-    batch_stats: Tree
-    opt_state: Tree
+    params: PyTree
+    scores: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PyTree
 
 from rst_jax.attacks import pgd
 from rst_jax.config import PGDSettings
@@ -27,8 +28,6 @@ from rst_jax.runtime.mesh import AXIS
 from rst_jax.threat import ThreatModel
 from rst_jax.training.state import TicketState
 from rst_jax.training.target import Target
-
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Settings:
     unroll: bool = False
 
 
-def make_part(model: nn.Module, settings: Settings) -> Callable[..., tuple[Tree, Tree, dict[str, jax.Array]]]:
+def make_part(model: nn.Module, settings: Settings) -> Callable[..., tuple[PyTree, PyTree, dict[str, jax.Array]]]:
     """Attack some images and differentiate there: `part(weights, stats, (images, labels, noise))`.
 
     It returns the gradient of the mean loss with respect to the weights, the statistics after all its forward passes,
@@ -67,13 +66,15 @@ def make_part(model: nn.Module, settings: Settings) -> Callable[..., tuple[Tree,
     s = settings
     loss_of = partial(cross_entropy, smoothing=s.label_smoothing)
 
-    def forward(weights: Tree, images: jax.Array, stats: Tree) -> tuple[jax.Array, Tree]:
+    def forward(weights: PyTree, images: jax.Array, stats: PyTree) -> tuple[jax.Array, PyTree]:
         logits, changed = model.apply(
             {"params": weights, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
         )
         return logits, changed.get("batch_stats", stats)
 
-    def attack(weights: Tree, images: jax.Array, labels: jax.Array, noise: Any, stats: Tree) -> tuple[jax.Array, Tree]:
+    def attack(
+        weights: PyTree, images: jax.Array, labels: jax.Array, noise: Any, stats: PyTree
+    ) -> tuple[jax.Array, PyTree]:
         run = partial(
             pgd,
             images=images,
@@ -88,12 +89,12 @@ def make_part(model: nn.Module, settings: Settings) -> Callable[..., tuple[Tree,
             return run(partial(forward, weights), memory=stats)
         return run(lambda x: model.apply({"params": weights, "batch_stats": stats}, x, train=False)), stats
 
-    def part(weights: Tree, stats: Tree, batch: tuple) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+    def part(weights: PyTree, stats: PyTree, batch: tuple) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
         images, labels, noise = batch
         adversarial, stats = attack(weights, images, labels, noise, stats)
         adversarial = lax.stop_gradient(adversarial)
 
-        def loss_at(weights: Tree) -> tuple[jax.Array, tuple[Tree, dict[str, jax.Array]]]:
+        def loss_at(weights: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
             logits, after = forward(weights, adversarial, stats)
             losses = loss_of(logits, labels)
             metrics = {
@@ -127,7 +128,7 @@ def make_update(
     s, differentiate = settings, make_part(model, settings)
 
     def update(
-        state: TicketState, images: jax.Array, labels: jax.Array, noise: Any, selection: Tree
+        state: TicketState, images: jax.Array, labels: jax.Array, noise: Any, selection: PyTree
     ) -> tuple[TicketState, dict[str, jax.Array]]:
         chex.assert_rank([images, labels], [4, 1])
         masks, trained = s.target.masks(state, selection), s.target.trained(state)
@@ -150,7 +151,7 @@ def make_update(
     return update
 
 
-def _summed(part: Callable, stats: Tree, parts: tuple) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+def _summed(part: Callable, stats: PyTree, parts: tuple) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
     """Gradients and metrics of `part` summed over the leading axis, one part in memory at a time."""
 
     def body(carry: tuple, batch: tuple) -> tuple[tuple, None]:
@@ -207,7 +208,7 @@ def make_train_step(
         data: Images,
         order: jax.Array,
         first: jax.Array,
-        selection: Tree,
+        selection: PyTree,
         key: jax.Array,
         count: jax.Array,
     ) -> tuple[TicketState, dict[str, jax.Array]]:

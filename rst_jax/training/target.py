@@ -4,12 +4,12 @@ A search trains the scores of frozen weights; training under a fixed mask, or un
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
+
+from jaxtyping import PyTree
 
 from rst_jax import subnet
 from rst_jax.training.state import TicketState
-
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,23 +22,23 @@ class Target:
 
     collection: Literal["scores", "params"]
 
-    def trained(self, state: TicketState) -> Tree:
+    def trained(self, state: TicketState) -> PyTree:
         """What the gradient is taken of."""
         return getattr(state, self.collection)
 
-    def masks(self, state: TicketState, selection: Tree) -> Tree:
+    def masks(self, state: TicketState, selection: PyTree) -> PyTree:
         """The masks of a step; `selection` as the target takes it."""
         raise NotImplementedError
 
-    def weights(self, state: TicketState, trained: Tree, masks: Tree) -> Tree:
+    def weights(self, state: TicketState, trained: PyTree, masks: PyTree) -> PyTree:
         """The weights of the network, differentiable in `trained`."""
         raise NotImplementedError
 
-    def allowed(self, updates: Tree, masks: Tree) -> Tree:
+    def allowed(self, updates: PyTree, masks: PyTree) -> PyTree:
         """What an update may touch; zero elsewhere."""
         return updates
 
-    def updated(self, state: TicketState, trained: Tree) -> TicketState:
+    def updated(self, state: TicketState, trained: PyTree) -> TicketState:
         """The state with `trained` in its place."""
         return state.replace(**{self.collection: trained})  # type: ignore[attr-defined]
 
@@ -49,11 +49,11 @@ class Scores(Target):
 
     collection: Literal["scores"] = "scores"
 
-    def masks(self, state: TicketState, selection: Tree) -> Tree:
+    def masks(self, state: TicketState, selection: PyTree) -> PyTree:
         """The largest scores of each layer."""
         return subnet.masks(state.scores, selection)
 
-    def weights(self, state: TicketState, trained: Tree, masks: Tree) -> Tree:
+    def weights(self, state: TicketState, trained: PyTree, masks: PyTree) -> PyTree:
         """The frozen weights under the mask."""
         return subnet.materialise(state.params, trained, masks)
 
@@ -64,14 +64,14 @@ class Weights(Target):
 
     collection: Literal["params"] = "params"
 
-    def masks(self, state: TicketState, selection: Tree) -> Tree:
+    def masks(self, state: TicketState, selection: PyTree) -> PyTree:
         """As they are given."""
         return selection
 
-    def weights(self, state: TicketState, trained: Tree, masks: Tree) -> Tree:
+    def weights(self, state: TicketState, trained: PyTree, masks: PyTree) -> PyTree:
         """The trained weights under the mask."""
         return subnet.apply_masks(trained, masks)
 
-    def allowed(self, updates: Tree, masks: Tree) -> Tree:
+    def allowed(self, updates: PyTree, masks: PyTree) -> PyTree:
         """What the masks keep; what they do not stays as it is, decay and momentum included."""
         return subnet.apply_masks(updates, masks)
