@@ -2,8 +2,9 @@
 
     python examples/own_attack.py
 
-Projected gradient ascent of the difference of logits, in steps that shrink to zero. To have it in the command as well, it goes
-into a file of `rst_jax/attacks/` and a line of the table in `rst_jax/evaluation/suites.py`. Prints a card; half a minute on two cores.
+Projected gradient ascent of the difference of logits, in steps that shrink to zero. To have it in the command as well,
+it goes into a file of `rst_jax/attacks/` and a line of the table in `rst_jax/evaluation/suites.py`. Prints a card; half
+a minute on two cores.
 """
 
 import dataclasses

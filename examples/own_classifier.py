@@ -2,8 +2,8 @@
 
     python examples/own_classifier.py
 
-A linear classifier that scikit-learn has fitted, first as a JAX function (AutoAttack), then as scikit-learn's own, which has
-no gradients for JAX (Square alone). Prints both cards; a quarter of a minute on two cores.
+A linear classifier that scikit-learn has fitted, first as a JAX function (AutoAttack), then as scikit-learn's own,
+which has no gradients for JAX (Square alone). Prints both cards; a quarter of a minute on two cores.
 """
 
 import jax

@@ -154,12 +154,12 @@ def masks(scores: PyTree, kept: PyTree) -> PyTree:
     return jax.tree.map(top_k_mask, scores, kept)
 
 
-def materialise(params: PyTree, scores: PyTree, drawn: PyTree) -> PyTree:
-    """The subnetwork's weights, whose gradient reaches the scores straight through the masks `drawn` from them.
+def materialise(params: PyTree, scores: PyTree, made: PyTree) -> PyTree:
+    """The subnetwork's weights, whose gradient reaches the scores straight through the masks `made` from them.
 
     Parameters without scores are passed on as they are.
     """
-    return _at_kernels(straight_through, params, scores, drawn)
+    return _at_kernels(straight_through, params, scores, made)
 
 
 def apply_masks(params: PyTree, fixed: PyTree) -> PyTree:
