@@ -6,7 +6,7 @@ card = rst_jax.evaluate(logits_fn, images, labels, rst_jax.ThreatModel(8 / 255))
 """
 
 from rst_jax.evaluation.card import Card, evaluate, replay
-from rst_jax.reports.card_table import load_card
+from rst_jax.reports.card import load_card
 from rst_jax.threat import ThreatModel
 from rst_jax.tickets.file import load_ticket
 from rst_jax.tickets.r2s import R2S, load_r2s

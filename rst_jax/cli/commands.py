@@ -11,8 +11,7 @@ import numpy as np
 
 from rst_jax.data import load_test
 from rst_jax.evaluation.card import evaluate, replay
-from rst_jax.reports.card_page import write_card_page
-from rst_jax.reports.card_table import load_card, table
+from rst_jax.reports.card import load_card, table, write_card_page
 from rst_jax.runtime import preemption
 from rst_jax.runtime.mesh import split_cpu
 from rst_jax.threat import ThreatModel

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rst_jax.records import R2SRecord, TicketRecord, TransferRecord, read_json
-from rst_jax.reports.card_page import card_figures
+from rst_jax.reports.card import card_figures
 from rst_jax.reports.page import CYCLE, INK, NATURAL, ROBUST, figure_of, pairs, render, svg
 from rst_jax.reports.text import columns, percent, radius
 from rst_jax.runtime.files import read_arrays, read_lines, write_text
