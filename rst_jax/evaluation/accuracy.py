@@ -83,7 +83,7 @@ class Evaluator:
           dataset: what the split is of.
           split: images, labels, and the ids that the attack's random starts follow from.
         """
-        attacked, *judges = (Classifier(self.apply, replicate(v, self.mesh)) for v in (attacked, *judges))
+        attacked, *judges = (self.programs.placed(Classifier(self.apply, v)) for v in (attacked, *judges))
         n = len(split)
         size = self.programs.sizes(n)[-1]
         parts = (split.take(np.arange(first, min(first + size, n))) for first in range(0, n, size))

@@ -71,7 +71,7 @@ class Attacker:
     """
 
     def __init__(self, programs: Programs, classifier: Classifier, examples: Examples, key: np.ndarray):
-        self.programs, self.classifier, self.examples = programs, classifier, examples
+        self.programs, self.classifier, self.examples = programs, programs.placed(classifier), examples
         self.mesh, self.key = programs.mesh, np.asarray(key, np.uint32)
         self.sizes = programs.sizes(len(examples))
         self.seconds: dict[str, float] = {}
@@ -110,7 +110,7 @@ class Attacker:
         self, attack: Attack, threat: ThreatModel, batch: Batch, images: np.ndarray
     ) -> tuple[Fixed, Tree, Tree]:
         """What a round begins with, on the devices: the fixed arguments, what is drawn, and the state."""
-        variables = replicate(self.classifier.variables, self.mesh)
+        variables = self.classifier.variables
         place, labels, ids = batch.padded(np.arange(len(batch.index))), self.examples.labels, self.examples.ids
         index, rounds, targets = map(batch.padded, (batch.index, batch.rounds, batch.targets))
 

@@ -4,6 +4,7 @@ An attack's program is kept for all cascades, restarts and, where its settings d
 is judged by another program, at another batch size, and its ball and box are checked in float64 on the host.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -58,6 +59,10 @@ class Programs:
     def sizes(self, n: int) -> list[int]:
         """Of batches, where there are n examples."""
         return sizes(min(self.batch_size, n), self.mesh.size)
+
+    def placed(self, classifier: Classifier) -> Classifier:
+        """With its variables on all devices, so that no batch carries them there."""
+        return dataclasses.replace(classifier, variables=replicate(classifier.variables, self.mesh))
 
     def logits(self, classifier: Classifier, images: np.ndarray, n: int, another: bool = False) -> np.ndarray:
         """Logits [k, classes] of images [k, H, W, C].

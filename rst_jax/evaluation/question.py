@@ -113,13 +113,13 @@ def examine(
       ValueError: images that are not in the box, logits that are not finite, or labels that name none of them.
     """
     n, logits = len(images), list[np.ndarray]()
-    size = programs.sizes(n)[-1]
+    size, placed = programs.sizes(n)[-1], programs.placed(classifier)
 
     def read() -> Iterator[np.ndarray]:
         for first in range(0, n, size):
             some = np.asarray(images[np.arange(first, min(first + size, n))])
             check_images(some, threat)
-            logits.append(programs.logits(classifier, some, n))
+            logits.append(programs.logits(placed, some, n))
             yield some
 
     def read_labels() -> Iterator[np.ndarray]:
