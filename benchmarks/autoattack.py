@@ -34,8 +34,11 @@ from jax.sharding import PartitionSpec
 from rst_jax.attacks import autoattack
 from rst_jax.attacks.attack import Attack, Problem
 from rst_jax.config import PGDSettings
-from rst_jax.evaluation.cascade import Classifier, Driver, Row
+from rst_jax.evaluation.batch import Attacker
+from rst_jax.evaluation.cascade import Cascade, run
+from rst_jax.evaluation.classifier import Classifier, of_module
 from rst_jax.evaluation.evidence import Evidence, Examples
+from rst_jax.evaluation.programs import Programs
 from rst_jax.initializers import init_variables
 from rst_jax.models.resnet import ResNet
 from rst_jax.records import provenance
@@ -218,26 +221,28 @@ def ours(
     repeat: bool = False,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Which examples stand, and the seconds and compilations it took."""
-    classifier = Classifier(partial(model.apply, train=False), variables)  # type: ignore[arg-type]
-    row = Row("AutoAttack", autoattack(faithful), ThreatModel(eps, norm))
+    classifier = Classifier(of_module(model), variables)
+    cascade = Cascade("AutoAttack", autoattack(faithful), ThreatModel(eps, norm))
 
-    def once() -> tuple[Driver, Evidence, float]:
+    def once() -> tuple[Attacker, Evidence, float]:
         jax.clear_caches()
         quiet()
         start = time.perf_counter()
-        driver = Driver(make_mesh(), 250, np.zeros(2, np.uint32))
-        examples = Examples(x, y, np.arange(len(x), dtype=np.int32), driver.logits(classifier, x))
-        evidence = driver.run(row, classifier, examples)
-        return driver, evidence, time.perf_counter() - start
+        programs = Programs(make_mesh(), 250)
+        logits = programs.logits(classifier, x, len(x))
+        examples = Examples(x, y, np.arange(len(x), dtype=np.int32), logits)
+        attacker = Attacker(programs, classifier, examples, np.zeros(2, np.uint32))
+        evidence = run(attacker, cascade)
+        return attacker, evidence, time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as folder:
         compilation_cache.reset_cache()
         jax.config.update("jax_compilation_cache_dir", folder)
-        driver, evidence, total = once()
-        compiled, seconds = dict(driver.programs.compiled), {k: round(v, 1) for k, v in driver.seconds.items()}
+        attacker, evidence, total = once()
+        compiled, seconds = dict(attacker.programs.compiled), {k: round(v, 1) for k, v in attacker.seconds.items()}
         again = once()[2] if repeat else None
     standing = evidence.standing
-    measured = profile(driver, classifier, row, x, y) if repeat else None
+    measured = profile(attacker, cascade, x) if repeat else None
     counts = {a.name: int((evidence.attack == k).sum()) for k, a in enumerate(autoattack(faithful))}
     return standing, {
         "robust": float(standing.mean()),
@@ -252,23 +257,22 @@ def ours(
     }
 
 
-def profile(driver: Driver, classifier: Classifier, row: Row, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+def profile(attacker: Attacker, cascade: Cascade, x: np.ndarray) -> dict[str, Any]:
     """Seconds of each attack without compilation; milliseconds of a step at the largest size, and of the network."""
-    n, ids = driver.sizes[-1], np.arange(len(x), dtype=np.int32)
-    examples = Examples(x, y, ids, driver.logits(classifier, x))
+    n, examples, classifier = attacker.sizes[-1], attacker.examples, attacker.classifier
     for _ in range(2):  # in the first, programs are made
-        driver.seconds.clear()
-        driver.run(row, classifier, examples)
-    mesh = driver.mesh
-    variables, eps = replicate((classifier.variables, np.float32(row.threat.eps)), mesh)
-    arrays = examples.images, examples.logits, examples.labels, np.argsort(-examples.logits)[:, 1].astype(np.int32)
+        attacker.seconds.clear()
+        run(attacker, cascade)
+    mesh = attacker.mesh
+    variables, eps = replicate((classifier.variables, np.float32(cascade.threat.eps)), mesh)
+    arrays = x, examples.logits, examples.labels, np.argsort(-examples.logits)[:, 1].astype(np.int32)
     rows = [np.resize(a, (n, *a.shape[1:])) for a in (*arrays, np.zeros((n, 2), np.uint32))]
     images, *rest = (split_rows(r, mesh) for r in rows)
     fixed = variables, eps, images, *rest
 
     def start(attack: Attack) -> Any:
         def made(part: slice) -> Any:
-            p = Problem(partial(classifier.apply, variables), row.threat, *(r[part] for r in rows))
+            p = Problem(partial(classifier.apply, variables), cascade.threat, *(r[part] for r in rows))
             first, each = attack.draw(p)
             return attack.start(p, first), each
 
@@ -291,7 +295,7 @@ def profile(driver: Driver, classifier: Classifier, row: Row, x: np.ndarray, y: 
         once()
         return min(once() for _ in range(5))
 
-    told: dict[str, Any] = {"seconds_of": {k: round(v, 2) for k, v in driver.seconds.items()}, "rows": n, "ms": {}}
+    told: dict[str, Any] = {"seconds_of": {k: round(v, 2) for k, v in attacker.seconds.items()}, "rows": n, "ms": {}}
     with jax.default_matmul_precision("highest"):
         for name, function in passes.items():
             spread = jax.jit(
@@ -301,9 +305,9 @@ def profile(driver: Driver, classifier: Classifier, row: Row, x: np.ndarray, y: 
             )
             told["ms"][name] = round(milliseconds(lambda f=spread: [f(variables, images) for _ in range(20)]) / 20, 3)
         zero, last = replicate((np.int32(0), np.int32(90)), mesh)
-        for attack in {a.program: a for a in row.attacks}.values():
-            go_on = driver.programs.attack(attack, row.threat, classifier.apply, fixed)
-            calls = 90 if driver.programs.one_by_one(attack, classifier.apply, fixed) else 1
+        for attack in {a.program: a for a in cascade.attacks}.values():
+            go_on = attacker.programs.attack(attack, cascade.threat, classifier.apply, fixed)
+            calls = 90 if attacker.programs.one_by_one(attack, classifier.apply, fixed) else 1
 
             def steps(state: Any, drawn: Any, go_on: Any = go_on, calls: int = calls) -> Any:
                 i = zero

@@ -15,7 +15,7 @@ from rst_jax.version import __version__
 if TYPE_CHECKING:
     from rst_jax.evaluation.card import Card, evaluate, replay
     from rst_jax.models import ModelSpec
-    from rst_jax.reports.card_table import load_card
+    from rst_jax.reports.card import load_card
     from rst_jax.threat import ThreatModel
     from rst_jax.tickets.file import load_ticket, save_ticket
     from rst_jax.tickets.r2s import R2S, load_r2s
@@ -28,7 +28,7 @@ _HOME = {
     "ThreatModel": "threat",
     "Ticket": "tickets.ticket",
     "evaluate": "evaluation.card",
-    "load_card": "reports.card_table",
+    "load_card": "reports.card",
     "load_r2s": "tickets.r2s",
     "load_ticket": "tickets.file",
     "replay": "evaluation.card",

@@ -19,6 +19,7 @@ import jax
 import msgspec
 import numpy as np
 
+from rst_jax.runtime.files import Pieces
 from rst_jax.version import __version__
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -165,7 +166,7 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True)
-class RowRecord:
+class CascadeRecord:
     """A cascade of attacks and what stood.
 
     Attributes:
@@ -176,7 +177,7 @@ class RowRecord:
         L2; None where not measured (or where less than half have one).
       queries, gradients: passes over all examples.
       over_passes: robust accuracy when an example is given so many passes.
-      over_rounds: after so many restarts or targets, where the row is one attack that has several.
+      over_rounds: after so many restarts or targets, where the cascade is one attack that has several.
     """
 
     name: str
@@ -208,7 +209,7 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class CardRecord:
-    """An evaluation that can be doubted point by point.
+    """An evaluation that can be doubted point by point; its cascades are called `rows`.
 
     Attributes:
       subject: what was evaluated; subject_digest: of its weights, or of its program and its logits on noise.
@@ -229,7 +230,7 @@ class CardRecord:
     seed: str
     precision: str
     clean: Accuracy
-    rows: list[RowRecord]
+    rows: list[CascadeRecord]
     sweep: Sweep | None
     checks: list[Check]
     verdict: str
@@ -274,13 +275,14 @@ def accuracy(correct: np.ndarray) -> Accuracy:
 
 
 def digest(*trees: Any) -> str:
-    """SHA-256 over the paths, shapes, types and bytes of the arrays."""
+    """SHA-256 over the paths, shapes, types and bytes of the arrays, or of `Pieces`, read one after the other."""
     sum_ = hashlib.sha256()
     for tree in trees:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            array = np.asarray(leaf)
+            array = leaf if isinstance(leaf, Pieces) else np.asarray(leaf)
             sum_.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-            sum_.update(np.ascontiguousarray(array).tobytes())
+            for piece in array if isinstance(array, Pieces) else (array,):
+                sum_.update(np.ascontiguousarray(piece).tobytes())
     return sum_.hexdigest()
 
 

@@ -15,9 +15,12 @@ from rst_jax import subnet
 from rst_jax.attacks import APGD, FAB, Square
 from rst_jax.config import PGDSettings
 from rst_jax.data.pipeline import Images
-from rst_jax.evaluation.accuracy import make_attack_step, make_predict_step
-from rst_jax.evaluation.cascade import Classifier, Driver, Row
+from rst_jax.evaluation.accuracy import paper_attack
+from rst_jax.evaluation.batch import Attacker
+from rst_jax.evaluation.cascade import Cascade, run
+from rst_jax.evaluation.classifier import Classifier, of_module
 from rst_jax.evaluation.evidence import Examples
+from rst_jax.evaluation.programs import Programs
 from rst_jax.initializers import init_variables
 from rst_jax.models import ModelSpec
 from rst_jax.runtime.mesh import make_mesh, replicate
@@ -109,9 +112,10 @@ def test_pgd_20_and_predictions_are_the_cpus_in_float32():
     logits, robust = [], []
     with jax.default_matmul_precision("highest"):
         for place in ("default", "cpu"):
-            mesh, model = mesh_of(place), network(jnp.float32)
-            placed, predict = replicate(variables, mesh), make_predict_step(model, mesh)
-            attack = make_attack_step(model, THREAT, PGDSettings(20, 2 / 255), mesh, unroll=place == "cpu")
+            mesh, apply = mesh_of(place), of_module(network(jnp.float32))
+            programs = Programs(mesh, N)
+            placed, predict = replicate(variables, mesh), programs.predict(apply)
+            attack = paper_attack(programs, apply, THREAT, PGDSettings(20, 2 / 255), unroll=place == "cpu")
             adversarial = attack(placed, images, LABELS, IDS, key)
             assert not np.asarray(THREAT.violations(np.asarray(adversarial), images)).any()
             logits.append(np.asarray(predict(placed, images)))
@@ -122,23 +126,22 @@ def test_pgd_20_and_predictions_are_the_cpus_in_float32():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_a_row_of_a_card_is_the_cpus_in_float32(norm):
+def test_a_cascade_of_a_card_is_the_cpus_in_float32(norm):
     """A flag may differ where rounding decides, which is rare."""
     v, model = start(jnp.float32), network(jnp.float32)
     images = PIXELS.astype(np.float32) / np.float32(255)
-    classifier = Classifier(
-        lambda variables, x: model.apply(variables, x, train=False), {k: v[k] for k in ("params", "batch_stats")}
-    )
+    classifier = Classifier(of_module(model), {k: v[k] for k in ("params", "batch_stats")})
     threat = ThreatModel(2 / 255 if norm == "linf" else 0.15, norm)
     cascade = (APGD("ce", 10), APGD("dlr-targeted", 10, rounds=2), FAB(steps=5, rounds=2), Square(100))
     found = []
     for place in ("default", "cpu"):
-        driver = Driver(mesh_of(place), BATCH, np.zeros(2, np.uint32))
+        programs = Programs(mesh_of(place), BATCH)
         if place == "default":
-            driver.programs.one_by_one = lambda *_: False  # loops, as on an accelerator
-        logits = driver.logits(classifier, images)
-        labels = np.argmax(logits, -1).astype(np.int32)
-        found.append(driver.run(Row("all", cascade, threat), classifier, Examples(images, labels, IDS, logits)))
+            programs.one_by_one = lambda *_: False  # loops, as on an accelerator
+        logits = programs.logits(classifier, images, N)
+        examples = Examples(images, np.argmax(logits, -1).astype(np.int32), IDS, logits)
+        attacker = Attacker(programs, classifier, examples, np.zeros(2, np.uint32))
+        found.append(run(attacker, Cascade("all", cascade, threat)))
     there, here = found
     assert 5 <= here.standing.sum() <= N - 5
     assert (there.standing != here.standing).mean() <= 0.05

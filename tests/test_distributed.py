@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from rst_jax.reports.card_table import load_card
+from rst_jax.reports.card import load_card
 from rst_jax.runtime.files import read_arrays, read_lines
 from rst_jax.tickets.file import load_ticket
 

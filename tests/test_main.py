@@ -395,10 +395,10 @@ def test_a_draw_can_end_with_the_whole_card(environment, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     card = records.read_json(workdir / "results" / "cards" / "ratio-0.5-full" / "card.json", records.CardRecord)
-    names = "FGSM FGSM-RS PGD-20 PGD-100x10 CW-Linf MIM AutoAttack AutoAttack-L2 CW-L2 Square noise"
+    names = "FGSM FGSM-RS PGD-20-eps/4 PGD-100x10 CW-Linf MIM AutoAttack AutoAttack-L2 CW-L2 Square noise"
     assert [row.name.replace(" ", "-") for row in card.rows] == names.split()
     rows = {row.name: row for row in card.rows}
-    assert rows["AutoAttack"].robust.value <= rows["PGD-20"].robust.value <= card.clean.value
+    assert rows["AutoAttack"].robust.value <= rows["PGD-20 eps/4"].robust.value <= card.clean.value
     assert rows["CW-L2"].median_distance > 0
     assert card.n == 6
     page = (workdir / "report" / "index.html").read_text()

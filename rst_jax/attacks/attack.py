@@ -106,6 +106,11 @@ class Attack:
         raise NotImplementedError
 
     @property
+    def stream(self) -> str:
+        """What its random draws follow from, with the key, the round and the example's id: attacks differ in it."""
+        return self.name
+
+    @property
     def passes(self) -> int:
         """How often `step` is called in a round: most attacks look once more, at where the last step ended."""
         return self.steps + 1

@@ -38,7 +38,7 @@ class Bandits(Attack):
     the authors do not count, are counted here, so that 3333 steps are 9,999 of their 10,000 queries.
 
     Attributes:
-      step_size: of the image, in units of eps.
+      step_size: of the image, in image units; None is a tenth of eps.
       tile: side of the pixels that share a value of the prior.
       probe: h, how far from the image the loss is asked for (L2 norm).
       exploration: d; None is 1 under Linf and 0.01 under L2.
@@ -47,7 +47,7 @@ class Bandits(Attack):
 
     steps: int = 3333
     rounds: int = 1
-    step_size: float = 0.1
+    step_size: float | None = None
     tile: int = 4
     probe: float = 0.1
     exploration: float | None = None
@@ -83,7 +83,7 @@ class Bandits(Attack):
         rise = (loss(prior + exploration * noise) - loss(prior - exploration * noise)) / self.probe
         after = s.prior + rate * per_example(rise, noise) * noise
         way = self._spread(jnp.tanh(after) if rough else after, p.images)
-        x = p.threat.ascend(s.x, way, self.step_size * p.threat.eps, p.images)
+        x = p.threat.ascend(s.x, way, 0.1 * p.threat.eps if self.step_size is None else self.step_size, p.images)
         found = s.found.seen(p, x, p.logits_fn(x))
         return BanditsState(found._replace(queries=found.queries + 2), x, after)
 

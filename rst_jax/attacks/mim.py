@@ -28,7 +28,7 @@ class MIM(Attack):
     """MIM on cross-entropy from the clean image (deterministic); success at any iterate counts.
 
     Attributes:
-      step_size: in units of eps; None is 1 / steps, so that the steps together just reach the sphere.
+      step_size: in image units; None is eps / steps, so that the steps together just reach the sphere.
       mu: what is kept of the gathered gradients.
     """
 
@@ -47,6 +47,6 @@ class MIM(Attack):
         _, logits, gradient = ascent(p, s.x, lambda z: cross_entropy(z, p.labels))
         mean = jnp.mean(abs(gradient), axis=pixels(gradient))
         momentum = self.mu * s.momentum + gradient / per_example(jnp.where(mean == 0, 1, mean), s.x)
-        size = (1 / self.steps if self.step_size is None else self.step_size) * p.threat.eps
+        size = 1 / self.steps * p.threat.eps if self.step_size is None else self.step_size
         found = s.found.seen(p, s.x, logits, gradient)
         return MIMState(found, p.threat.ascend(s.x, momentum, size, p.images), momentum)

@@ -9,7 +9,7 @@ PGD on the margin.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,19 +94,12 @@ class PGD(Attack):
     """PGD on cross-entropy or, as CW-Linf, on the margin; success at any iterate counts.
 
     Attributes:
-      title: its name: PGD-20, FGSM, ...
-      step_size: in units of eps.
-      rounds: restarts.
-      random_start: uniform in the ball.
-      loss: "ce" or "margin".
+      title: its name: "FGSM", or with what tells it from others, "PGD-20 eps/4".
+      settings: steps and their size in image units, start, restarts, loss.
     """
 
     title: str
-    steps: int
-    step_size: float
-    rounds: int = 1
-    random_start: bool = True
-    loss: Literal["ce", "margin"] = "ce"
+    settings: PGDSettings
 
     @property
     def name(self) -> str:
@@ -114,13 +107,28 @@ class PGD(Attack):
         return self.title
 
     @property
+    def stream(self) -> str:
+        """The first word of the title: the others say what its settings are."""
+        return self.title.split()[0]
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        """How many a restart has."""
+        return self.settings.steps
+
+    @property
+    def rounds(self) -> int:  # type: ignore[override]
+        """The restarts."""
+        return self.settings.restarts
+
+    @property
     def program(self) -> "PGD":
         """Restarts share one."""
-        return dataclasses.replace(self, rounds=1)
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, restarts=1))
 
     def draw(self, p: Problem) -> tuple[Any, tuple[()]]:
         """For a random start: uniform in the cube (Linf) or the ball (L2) of radius one, [N, ...]."""
-        if not self.random_start:
+        if not self.settings.random_start:
             return np.zeros_like(p.images), ()
         if p.threat.norm == "linf":
             return 2 * uniform(p.keys, p.images.shape[1:]) - 1, ()
@@ -134,8 +142,8 @@ class PGD(Attack):
         """Look, and take a projected step."""
 
         def loss(logits: jax.Array) -> jax.Array:
-            return cross_entropy(logits, p.labels) if self.loss == "ce" else -margin(logits, p.labels)
+            return cross_entropy(logits, p.labels) if self.settings.loss == "ce" else -margin(logits, p.labels)
 
         _, logits, gradient = ascent(p, s.x, loss)
-        x = p.threat.ascend(s.x, gradient, self.step_size * p.threat.eps, p.images)
+        x = p.threat.ascend(s.x, gradient, self.settings.step_size, p.images)
         return PGDState(s.found.seen(p, s.x, logits, gradient), x)

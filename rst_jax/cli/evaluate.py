@@ -65,9 +65,9 @@ def _evaluate(o: argparse.Namespace) -> None:
     """The card of what is asked."""
     import jax
 
-    from rst_jax.data import load_test
+    from rst_jax.data import SplitImages, load_test
     from rst_jax.evaluation.card import evaluate
-    from rst_jax.reports.card_page import write_card_page
+    from rst_jax.reports.card import write_card_page
 
     split_cpu()
     ticket = _ticket(o.ticket, o.name)
@@ -80,11 +80,9 @@ def _evaluate(o: argparse.Namespace) -> None:
     for name in ("batch_size", "examples", "seed"):
         if (value := getattr(o, name)) < (name == "batch_size"):
             raise ValueError(f"--{name} must be at least {int(name == 'batch_size')}; got {value}.")
-    images, labels, ids = load_test(o.dataset, o.data_dir, o.data_path, o.examples)
-    if images.shape[1:] != tuple(ticket.image_shape):
-        raise ValueError(
-            f"the ticket takes images {list(ticket.image_shape)}; {o.dataset} has {list(images.shape[1:])}."
-        )
+    images = SplitImages(load_test(o.dataset, o.data_dir, o.data_path, o.examples))
+    if (shape := images.split.images.shape[1:]) != tuple(ticket.image_shape):
+        raise ValueError(f"the ticket takes images {list(ticket.image_shape)}; {o.dataset} has {list(shape)}.")
     stem = ticket.name
     asked = [stem, ticket.digest[:8], o.dataset, o.attacks.replace(",", "+"), o.norm, f"{o.eps:.4g}"]
     asked += [f"first{o.examples}"] * bool(o.examples) + [f"seed{o.seed}"] * bool(o.seed) + ["faithful"] * o.faithful
@@ -93,7 +91,7 @@ def _evaluate(o: argparse.Namespace) -> None:
     card = evaluate(
         ticket,
         images,
-        labels,
+        images.labels,
         ThreatModel(o.eps, o.norm),
         o.attacks.split(","),
         jax.random.key(o.seed),
@@ -102,7 +100,7 @@ def _evaluate(o: argparse.Namespace) -> None:
         eps_l2=o.eps_l2,
         folder=out,
         keep_images=o.keep_images,
-        ids=ids,
+        ids=images.split.ids,
         dataset=o.dataset,
     )
     print(f"{card}\n\ncard: {out / 'card.json'}, {write_card_page(out)}")

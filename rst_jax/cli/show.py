@@ -15,7 +15,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("card", help="its folder, or its card.json")
     parser.add_argument("--checks", action="store_true", help="also every check, with what was measured")
     o = parser.parse(arguments)
-    from rst_jax.reports.card_table import load_card, table
+    from rst_jax.reports.card import load_card, table
 
     record = load_card(o.card)
     print(table(record))

@@ -60,6 +60,28 @@ class Split:
         return self.images[:].astype(np.float32) / np.float32(self.levels)
 
 
+class SplitImages:
+    """The images of a split as float32 in [0, 1], read when they are asked for; a label is known once its image was.
+
+    Args:
+      split: in memory or encoded.
+
+    Attributes:
+      labels: int32 [N], 0 until then.
+    """
+
+    def __init__(self, split: Split):
+        self.split, self.labels = split, np.zeros(len(split), np.int32)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: np.ndarray, /) -> np.ndarray:
+        """Those at the places `index`, int [n]: float32 [n, H, W, C]."""
+        images, self.labels[index], _ = self.split.batch(index)
+        return images
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A dataset, in memory or streamed.
@@ -114,14 +136,14 @@ def load_dataset(config: Config) -> Dataset:
     return Dataset(config.dataset, rest, held_out, test, len(names), mean, std, names)
 
 
-def load_test(name: str, data_dir: str, data_path: str, examples: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Test images float32 [n, H, W, C] in [0, 1], labels and ids int32 [n]; only the first `examples`, or all for 0.
+def load_test(name: str, data_dir: str, data_path: str, examples: int = 0) -> Split:
+    """The test images; only the first `examples`, or all for 0.
 
     Raises:
       ValueError: missing or malformed data; the message says what to do.
     """
     _, test, _ = _splits(name, data_dir, data_path)
-    return test.batch(slice(examples or None))
+    return test.take(np.arange(min(examples or len(test), len(test))))
 
 
 def _splits(name: str, data_dir: str, data_path: str) -> tuple[Split, Split, tuple[str, ...]]:

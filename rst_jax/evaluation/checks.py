@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rst_jax.evaluation.cascade import Row
+from rst_jax.evaluation.cascade import Cascade
 from rst_jax.evaluation.evidence import Evidence
 from rst_jax.losses import margin
 from rst_jax.records import Check
@@ -80,11 +80,11 @@ def check_function(raw: Logits, compiled: Logits, images: np.ndarray, threat: Th
     ]
 
 
-def check_row(row: Row, evidence: Evidence, logits: np.ndarray, labels: np.ndarray) -> list[Check]:
+def check_cascade(cascade: Cascade, evidence: Evidence, logits: np.ndarray, labels: np.ndarray) -> list[Check]:
     """Checks of a cascade.
 
     Args:
-      row, evidence: the cascade and what it found.
+      cascade, evidence: the cascade and what it found.
       logits: clean logits [n, classes]; labels: [n].
     """
     standing = evidence.standing
@@ -101,7 +101,7 @@ def check_row(row: Row, evidence: Evidence, logits: np.ndarray, labels: np.ndarr
         ),
     ]
     gradients = np.maximum(evidence.gradients, 1)
-    if any(attack.needs_gradient for attack in row.attacks) and some:
+    if any(attack.needs_gradient for attack in cascade.attacks) and some:
         flat = float((evidence.flat / gradients > 0.5)[standing].mean())
         checks.append(
             Check(
@@ -124,41 +124,45 @@ def check_row(row: Row, evidence: Evidence, logits: np.ndarray, labels: np.ndarr
                 "cross-entropy of such logits has hardly a gradient",
             )
         )
-    blind = [k for k, attack in enumerate(row.attacks) if not attack.needs_gradient]
-    if blind and len(blind) < len(row.attacks):
-        late = [k for k in blind if any(a.needs_gradient for a in row.attacks[:k])]
-        gained = int(np.isin(evidence.attack, late).sum())
-        names = " and ".join(row.attacks[k].name for k in late)
-        allowed = max(_POINTS * len(standing), 1)
-        checks.append(
-            Check(
-                "white box first",
-                gained <= allowed,
-                "suspect",
-                f"{names} broke {gained} examples that stood against the attacks with gradients before it (at most "
-                f"{allowed:.0f})",
-                "these are too weak here",
-            )
+    return [*checks, *_white_box_first(cascade, evidence)]
+
+
+def _white_box_first(cascade: Cascade, evidence: Evidence) -> list[Check]:
+    """Whether attacks without gradients find little after those with gradients, where a cascade has both."""
+    blind = [k for k, attack in enumerate(cascade.attacks) if not attack.needs_gradient]
+    if not blind or len(blind) == len(cascade.attacks):
+        return []
+    late = [k for k in blind if any(a.needs_gradient for a in cascade.attacks[:k])]
+    gained, allowed = int(np.isin(evidence.attack, late).sum()), max(_POINTS * len(evidence.attack), 1)
+    names = " and ".join(cascade.attacks[k].name for k in late)
+    return [
+        Check(
+            "white box first",
+            gained <= allowed,
+            "suspect",
+            f"{names} broke {gained} examples that stood against the attacks with gradients before it (at most "
+            f"{allowed:.0f})",
+            "these are too weak here",
         )
-    return checks
+    ]
 
 
-def check_rows(rows: Sequence[Row], evidence: Sequence[Evidence]) -> list[Check]:
-    """Checks of all rows under one threat model: whether any tried hard, and whether those without gradients do better.
+def check_suite(cascades: Sequence[Cascade], evidence: Sequence[Evidence]) -> list[Check]:
+    """Checks of all cascades under one threat model: did any try hard, and do those without gradients do better?
 
-    A row may be of the first examples only; the others count as not broken by it.
+    A cascade may be of the first examples only; the others count as not broken by it.
     """
     checks = []
-    for threat in dict.fromkeys(row.threat for row in rows):
-        here = [(row, e) for row, e in zip(rows, evidence, strict=True) if row.threat == threat]
+    for threat in dict.fromkeys(cascade.threat for cascade in cascades):
+        here = [(c, e) for c, e in zip(cascades, evidence, strict=True) if c.threat == threat]
         n = max(len(e.attack) for _, e in here)
         white, black, tried = np.zeros(n, bool), np.zeros(n, bool), 0.0
-        for row, e in here:
-            guided = [k for k, attack in enumerate(row.attacks) if attack.needs_gradient]
+        for cascade, e in here:
+            guided = [k for k, attack in enumerate(cascade.attacks) if attack.needs_gradient]
             white[: len(e.attack)] |= np.isin(e.attack, guided)
             if not guided:
                 black[: len(e.attack)] |= e.attack >= 0
-            if len(e.attack) == n:  # a row of the first examples says nothing of the others
+            if len(e.attack) == n:  # a cascade of the first examples says nothing of the others
                 passes = (e.queries + e.gradients)[e.standing]
                 tried = max(tried, float(np.median(passes)) if len(passes) else np.inf)
         checks.append(
@@ -166,13 +170,13 @@ def check_rows(rows: Sequence[Row], evidence: Sequence[Evidence]) -> list[Check]
                 f"effort, {threat.norm} {threat.eps:.4g}",
                 tried >= _PASSES,
                 "suspect",
-                "in some row no example stands"
+                "in some cascade no example stands"
                 if tried == np.inf
-                else f"the strongest row spent {tried:.0f} passes on a standing example (at least {_PASSES})",
+                else f"the strongest cascade spent {tried:.0f} passes on a standing example (at least {_PASSES})",
                 "only weak attacks were run; take autoattack",
             )
         )
-        if len({any(attack.needs_gradient for attack in row.attacks) for row, _ in here}) < 2:
+        if len({any(attack.needs_gradient for attack in cascade.attacks) for cascade, _ in here}) < 2:
             continue
         only, allowed = int((black & ~white).sum()), max(_POINTS * n, 1)
         checks.append(

@@ -1,72 +1,119 @@
-"""The rows that a card may have, by name."""
+"""The cascades that a card may have, by name. A new attack is a file in `attacks/` and a line in `ATTACKS`."""
 
 import dataclasses
-import difflib
+import re
 from collections.abc import Callable, Sequence
 
 from rst_jax.attacks import APGD, CWL2, FAB, MIM, PGD, Attack, Bandits, Noise, Square, autoattack
-from rst_jax.evaluation.cascade import Row
+from rst_jax.config import PGDSettings, near
+from rst_jax.evaluation.cascade import Cascade
 from rst_jax.threat import ThreatModel
 
 _SWEPT = 250  # examples of the sweep over eps, and of CW-L2
-ATTACKS: dict[str, Callable[[bool], tuple[Attack, ...]]] = {
-    "autoattack": autoattack,
-    "fgsm": lambda _: (PGD("FGSM", 1, 1.0, random_start=False),),
-    "fgsm-rs": lambda _: (PGD("FGSM-RS", 1, 1.25),),
-    "pgd-20": lambda _: (PGD("PGD-20", 20, 0.25),),
-    "pgd-100x10": lambda _: (PGD("PGD-100", 100, 0.025, rounds=10),),
-    "cw-linf": lambda _: (PGD("CW-Linf", 100, 0.025, loss="margin"),),
-    "mim": lambda _: (MIM(),),
-    "apgd-ce": lambda faithful: (APGD("ce", faithful=faithful),),
-    "apgd-dlr": lambda faithful: (APGD("dlr", faithful=faithful),),
-    "apgd-t": lambda faithful: (APGD("dlr-targeted", rounds=9, faithful=faithful),),
-    "fab": lambda _: (FAB(targeted=False, rounds=1),),
-    "fab-t": lambda _: (FAB(),),
-    "square": lambda faithful: (Square(faithful=faithful),),
-    "cw-l2": lambda _: (CWL2(),),
-    "bandits": lambda _: (Bandits(),),
-    "noise": lambda _: (Noise(),),
+
+
+def _pgd(title: str, threat: ThreatModel, steps: int, of_eps: float, **settings: object) -> tuple[Attack, ...]:
+    """PGD whose step is so much of eps."""
+    return (PGD(title, PGDSettings(steps, of_eps * float(threat.eps), **settings)),)  # type: ignore[arg-type]
+
+
+# From the threat model, and whether to be faithful to the published attacks' quirks.
+ATTACKS: dict[str, Callable[[ThreatModel, bool], tuple[Attack, ...]]] = {
+    "autoattack": lambda _, faithful: autoattack(faithful),
+    "fgsm": lambda threat, _: _pgd("FGSM", threat, 1, 1.0, random_start=False),
+    "fgsm-rs": lambda threat, _: _pgd("FGSM-RS", threat, 1, 1.25),
+    "pgd-20": lambda threat, _: _pgd("PGD-20 eps/4", threat, 20, 0.25),
+    "pgd-100x10": lambda threat, _: _pgd("PGD-100 eps/40", threat, 100, 0.025, restarts=10),
+    "cw-linf": lambda threat, _: _pgd("CW-Linf", threat, 100, 0.025, loss="margin"),
+    "mim": lambda *_: (MIM(),),
+    "apgd-ce": lambda _, faithful: (APGD("ce", faithful=faithful),),
+    "apgd-dlr": lambda _, faithful: (APGD("dlr", faithful=faithful),),
+    "apgd-t": lambda _, faithful: (APGD("dlr-targeted", rounds=9, faithful=faithful),),
+    "fab": lambda *_: (FAB(targeted=False, rounds=1),),
+    "fab-t": lambda *_: (FAB(),),
+    "square": lambda _, faithful: (Square(faithful=faithful),),
+    "cw-l2": lambda *_: (CWL2(),),
+    "bandits": lambda threat, _: (Bandits(step_size=0.1 * float(threat.eps)),),
+    "noise": lambda *_: (Noise(),),
 }
 FULL = ("fgsm", "fgsm-rs", "pgd-20", "pgd-100x10", "cw-linf", "mim", "autoattack", "autoattack-l2", "cw-l2", "square")
+_TITLES = {"autoattack": "AutoAttack", "autoattack-l2": "AutoAttack L2", "pgd-100x10": "PGD-100x10"}
 
 
-def make_rows(
-    attacks: str | Sequence[str], threat: ThreatModel, eps_l2: float, faithful: bool = False, obstacle: str = ""
-) -> list[Row]:
-    """The rows of a card, the last of which is noise.
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """The cascades of a card.
+
+    Attributes:
+      cascades: in order; noise is the last.
+      sweep: at growing eps, to where every image can be reached.
+      faithful: to the published attacks' quirks.
+    """
+
+    cascades: tuple[Cascade, ...]
+    sweep: tuple[Cascade, ...]
+    faithful: bool = False
+
+    @property
+    def mode(self) -> str:
+        """As on the card."""
+        return "faithful" if self.faithful else "default"
+
+
+def make_suite(
+    attacks: str | Attack | Sequence[str | Attack],
+    threat: ThreatModel,
+    pixels: int,
+    *,
+    eps_l2: float = 0.5,
+    faithful: bool = False,
+    obstacle: str = "",
+) -> Suite:
+    """The cascades by their names.
 
     Args:
-      attacks: names of `ATTACKS`, "autoattack-l2", or "full".
-      threat: of all rows but those that say L2.
-      eps_l2: of these, unless the threat model is L2 itself.
+      attacks: names of `ATTACKS`, "autoattack-l2", or "full"; or attacks themselves.
+      threat: of all cascades but those that say L2.
+      pixels: values of an image; how far the sweep must go under L2 follows from it.
+      eps_l2: of the cascades that say L2, unless the threat model is L2 itself.
       faithful: keep the published attacks' quirks.
       obstacle: why attacks with gradients cannot be run, if they cannot.
 
     Raises:
-      ValueError: an unknown name (the nearest one is named), or an attack that cannot be run.
+      ValueError: an unknown name (the nearest one is named), an attack that cannot be run, or two of one name.
     """
-    rows = []
-    for name in _named([attacks] if isinstance(attacks, str) else attacks, threat):
-        l2 = name in ("autoattack-l2", "cw-l2") and threat.norm != "l2"
-        cascade = ATTACKS[name.removesuffix("-l2") if name == "autoattack-l2" else name](faithful)
-        if obstacle and any(attack.needs_gradient for attack in cascade):
+    cascades = list[Cascade]()
+    for asked in _named([attacks] if isinstance(attacks, str | Attack) else attacks, threat):
+        cascade = _own(asked, threat) if isinstance(asked, Attack) else _known(asked, threat, eps_l2, faithful)
+        if obstacle and any(attack.needs_gradient for attack in cascade.attacks):
             raise ValueError(
-                f"attack {name!r} needs gradients, and JAX cannot differentiate this logits_fn ({obstacle}); take "
-                "square or bandits."
+                f"attack {cascade.folder!r} needs gradients, and JAX cannot differentiate this logits_fn ({obstacle}); "
+                "take square or bandits."
             )
-        where = dataclasses.replace(threat, norm="l2", eps=eps_l2) if l2 else threat
-        titles = {"autoattack": "AutoAttack", "autoattack-l2": "AutoAttack L2", "pgd-100x10": "PGD-100x10"}
-        rows.append(Row(titles.get(name, cascade[0].name), cascade, where, _SWEPT if name == "cw-l2" else 0))
-    return rows
+        cascades.append(cascade)
+    if twice := sorted({c.name for c in cascades if sum(c.name == other.name for other in cascades) > 1}):
+        raise ValueError(f"two different attacks are called {twice[0]!r}; a figure's name says what differs.")
+    return Suite(tuple(cascades), _sweep(threat, pixels, obstacle), faithful)
 
 
-def _named(names: Sequence[str], threat: ThreatModel) -> list[str]:
-    """The rows asked for, each once, and last of all noise, which every card has."""
-    known, found = [*ATTACKS, "autoattack-l2", "full"], list[str]()
+def _known(name: str, threat: ThreatModel, eps_l2: float, faithful: bool) -> Cascade:
+    l2 = name in ("autoattack-l2", "cw-l2") and threat.norm != "l2"
+    where = dataclasses.replace(threat, norm="l2", eps=eps_l2) if l2 else threat
+    attacks = ATTACKS["autoattack" if name == "autoattack-l2" else name](where, faithful)
+    return Cascade(_TITLES.get(name, attacks[0].name), attacks, where, _SWEPT if name == "cw-l2" else 0, name)
+
+
+def _own(attack: Attack, threat: ThreatModel) -> Cascade:
+    """Of an attack that no table names."""
+    return Cascade(attack.name, (attack,), threat, folder=re.sub(r"[^\w.+-]+", "-", attack.name.lower()))
+
+
+def _named(names: Sequence[str | Attack], threat: ThreatModel) -> list[str | Attack]:
+    """The cascades asked for, each once, and last of all noise, which every card has."""
+    known, found = [*ATTACKS, "autoattack-l2", "full"], list[str | Attack]()
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
+        if not isinstance(name, Attack) and name not in known:
+            hint = near(name, known, f"there are {', '.join(known)}.")
             raise ValueError(f"there is no attack {name!r}; {hint}")
         found += FULL if name == "full" else [name]
     if threat.norm == "l2":
@@ -76,18 +123,24 @@ def _named(names: Sequence[str], threat: ThreatModel) -> list[str]:
     return [name for name in dict.fromkeys(found) if name != "noise"] + ["noise"]
 
 
-def sweep_rows(threat: ThreatModel, pixels: int, obstacle: str = "") -> list[Row]:
-    """From a quarter of eps to where every image can be reached; `obstacle` as in `make_rows`."""
+def _sweep(threat: ThreatModel, pixels: int, obstacle: str) -> tuple[Cascade, ...]:
+    """From a quarter of eps to where every image can be reached."""
     width = threat.upper - threat.lower
     whole = width if threat.norm == "linf" else width * pixels**0.5
     radii = sorted({float(min(threat.eps * k, whole)) for k in (0.25, 0.5, 1, 1.5, 2, 4) if threat.eps} | {whole})
     attack: Attack = Square(steps=1000) if obstacle else APGD("ce")
-    return [Row(f"eps {r:.4g}", (attack,), dataclasses.replace(threat, eps=r), _SWEPT) for r in radii]
+    where = [dataclasses.replace(threat, eps=r) for r in radii]
+    return tuple(
+        Cascade(f"eps {r:.4g}", (attack,), there, _SWEPT, f"sweep-{float(there.eps)!r}")
+        for r, there in zip(radii, where, strict=True)
+    )
 
 
 def described(attack: Attack, classes: int) -> str:
     """An attack with all its settings where there are so many classes, the passes and rounds first."""
     settings = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}  # type: ignore[arg-type]
+    if isinstance(inner := settings.pop("settings", None), PGDSettings):
+        settings |= vars(inner)
     first = {"passes": attack.passes, "rounds": attack.rounds_of(classes)}
-    rest = {name: value for name, value in settings.items() if name not in ("title", *first)}
+    rest = {name: value for name, value in settings.items() if name not in ("title", "restarts", *first)}
     return f"{attack.name}(" + ", ".join(f"{name}={value}" for name, value in {**first, **rest}.items()) + ")"

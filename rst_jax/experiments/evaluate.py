@@ -1,11 +1,16 @@
 """Measuring what was drawn: the paper's measure of every ticket, a few images to look at, and evaluation cards."""
 
+import math
+
 import numpy as np
 
+from rst_jax.data import SplitImages
 from rst_jax.evaluation.accuracy import ticket_record
-from rst_jax.evaluation.card import measure
-from rst_jax.evaluation.cascade import Driver
+from rst_jax.evaluation.card import finished, measure
 from rst_jax.evaluation.classifier import of_ticket
+from rst_jax.evaluation.programs import Programs
+from rst_jax.evaluation.question import ask, examine
+from rst_jax.evaluation.suites import make_suite
 from rst_jax.experiments.run import Run
 from rst_jax.experiments.transfer import Crossed, cross
 from rst_jax.runtime.files import write_arrays
@@ -49,26 +54,21 @@ def _gallery(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
 def cards(run: Run) -> None:
     """The evaluation card of every ticket, where the configuration asks for one; programs are shared between them.
 
-    Needs the tickets (`search`, `dense`).
+    A finished card stays as it is. Needs the tickets (`search`, `dense`).
     """
-    c, data = run.config, run.dataset
+    c, test = run.config, run.dataset.test
     if c.evaluate.card == "pgd":
         return
-    images, labels, ids = data.test.batch()
-    driver = Driver(run.mesh, c.evaluate.batch_size, run.key("evaluate"))
+    threat, images = run.evaluator.threat, SplitImages(test)
+    programs = Programs(run.mesh, c.evaluate.batch_size)
     for ticket in run.tickets():
-        run.say(f"{ticket.name}: the {c.evaluate.card} card")
-        card = measure(
-            driver,
-            of_ticket(ticket),
-            images,
-            labels,
-            ids,
-            run.evaluator.threat,
-            attacks=c.evaluate.card,
-            folder=run.workdir / "results" / "cards" / f"{ticket.name}-{c.evaluate.card}",
-            name=ticket.name,
-            subject_digest=ticket.digest,
-            dataset=c.dataset,
-        )
-        run.say(f"{ticket.name}: {card.record.verdict}")
+        folder = run.workdir / "results" / "cards" / f"{ticket.name}-{c.evaluate.card}"
+        record = finished(folder, ticket.digest)
+        if record is None:
+            run.say(f"{ticket.name}: the {c.evaluate.card} card")
+            classifier = of_ticket(ticket)
+            examples = examine(programs, classifier, images, images.labels, test.ids, threat)
+            suite = make_suite(c.evaluate.card, threat, math.prod(examples.image_shape))
+            question = ask(programs, classifier, examples, threat, suite, run.key("evaluate"), c.dataset)
+            record = measure(programs, question, folder).record
+        run.say(f"{ticket.name}: {record.verdict}")

@@ -85,6 +85,6 @@ def _validation(
 
     def validate(state: TicketState) -> tuple[float, float]:
         variables = {"params": masked(state.params, masks_of(state, selection)), "batch_stats": state.batch_stats}
-        return run.evaluator.accuracies(variables, run.dataset, split)
+        return run.evaluator.accuracies(variables, split)
 
     return validate

@@ -13,7 +13,7 @@ from rst_jax.experiments.run import Run
 from rst_jax.records import AttackRecord, TransferRecord, provenance
 from rst_jax.runtime import preemption
 from rst_jax.runtime.files import read_arrays, write_arrays
-from rst_jax.runtime.mesh import fetch, from_main, is_main, replicate
+from rst_jax.runtime.mesh import from_main, is_main, replicate
 from rst_jax.tickets.ticket import Ticket
 
 _SHOWN = 10
@@ -98,14 +98,14 @@ def _flags(evaluator: Evaluator, place: int, variables: list[Any], dataset: Data
     n, end, outside = len(dataset.test), 0, 0
     natural, robust = np.zeros(n, bool), np.zeros((len(variables), n), bool)
     shown: dict[int, np.ndarray] = {}
-    for batch in evaluator.judged(variables[place], variables, dataset, dataset.test):
+    for batch in evaluator.judged(variables[place], variables, dataset.test):
         first, end = end, end + len(batch.natural)
         natural[first:end], robust[:, first:end] = batch.natural, batch.robust
         outside += batch.violations
         # What is worth showing of all images is among what is worth showing of the first so many, of any number.
         index = _worth_showing(natural[:end], robust[place, :end])
         if len(new := index[index >= first]):
-            shown |= zip(new.tolist(), fetch(batch.adversarial)[new - first], strict=True)
+            shown |= zip(new.tolist(), batch.adversarial[new - first], strict=True)
         shown = {i: shown[i] for i in index.tolist()}
     return {
         "natural": natural,

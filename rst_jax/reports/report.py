@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rst_jax.reports.card_page import card_figures
+from rst_jax.reports.card import card_figures
 from rst_jax.reports.figures import curves_plot, gallery_plot, r2s_plot, ratio_plot, transfer_plot
 from rst_jax.reports.page import render
 from rst_jax.reports.results import Results

@@ -1,13 +1,16 @@
 """Files that appear whole or not at all, and what can be read back: JSON, arrays without pickle, JSON lines."""
 
+import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -40,6 +43,68 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: not a readable file of arrays ({error}).") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """An array that is never in memory as a whole: `arrays` [k, ...] one after the other are its rows, once."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    arrays: Iterable[np.ndarray]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (np.ascontiguousarray(array, self.dtype) for array in self.arrays)
+
+
+def write_arrays_in_pieces(path: Path, arrays: Mapping[str, np.ndarray | Pieces]) -> None:
+    """As `write_arrays`, of arrays that come in pieces."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, array in arrays.items():
+            header = {"descr": array.dtype.str, "fortran_order": False, "shape": tuple(array.shape)}
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for piece in array if isinstance(array, Pieces) else (array,):
+                    member.write(np.ascontiguousarray(piece).tobytes())
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def arrays_in_pieces(path: Path, rows: int) -> Iterator[dict[str, Pieces]]:
+    """The arrays of an .npz file, each to be read once, one after the other, in pieces of so many rows.
+
+    Raises:
+      ValueError: it is no .npz file; it is named.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            yield {name.removesuffix(".npy"): _member(file, name, rows) for name in file.namelist()}
+    except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not a readable file of arrays ({error}).") from error
+
+
+def _member(file: zipfile.ZipFile, name: str, rows: int) -> Pieces:
+    with file.open(name) as member:
+        shape, dtype = _header(member)
+
+    def read() -> Iterator[np.ndarray]:
+        with file.open(name) as member:
+            _header(member)
+            for first in range(0, shape[0], rows):
+                there = (min(rows, shape[0] - first), *shape[1:])
+                yield np.frombuffer(member.read(math.prod(there) * dtype.itemsize), dtype).reshape(there)
+
+    return Pieces(shape, dtype, read())
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    np.lib.format.read_magic(member)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+    if fortran or dtype.hasobject:
+        raise ValueError(f"expected rows of numbers; got {dtype}, {'columns' if fortran else 'rows'} first.")
+    return shape, dtype
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text; the file appears whole or not at all."""
     write_bytes(path, text.encode())
@@ -48,9 +113,13 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write to a temporary name beside `path`, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _beside(path)
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

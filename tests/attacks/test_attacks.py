@@ -15,6 +15,7 @@ from rst_jax.attacks import APGD, CWL2, FAB, MIM, PGD, Bandits, Problem, Square
 from rst_jax.attacks.attack import Found, advance, normal, uniform
 from rst_jax.attacks.fab import to_hyperplane
 from rst_jax.attacks.square import pattern
+from rst_jax.config import PGDSettings
 from rst_jax.threat import ThreatModel
 
 NORMS = ("linf", "l2")
@@ -23,7 +24,7 @@ QUICKLY: dict = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
     QUICKLY["xla_cpu_use_fusion_emitters"] = False
 ATTACKS = {
-    "pgd": PGD("PGD-5", 5, 0.4),
+    "pgd": PGD("PGD-5", PGDSettings(5, 0.04)),
     "mim": MIM(5),
     "apgd-ce": APGD("ce", 6),
     "apgd-dlr": APGD("dlr", 6),
@@ -158,12 +159,22 @@ def half_breaking(distances):
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize(
     "attack",
-    [PGD("PGD-20", 20, 0.25), MIM(), APGD("ce"), APGD("dlr"), APGD("dlr-targeted"), FAB(), FAB(targeted=False)],
+    [
+        PGD("PGD-20", PGDSettings(20)),
+        MIM(),
+        APGD("ce"),
+        APGD("dlr"),
+        APGD("dlr-targeted"),
+        FAB(),
+        FAB(targeted=False),
+    ],
     ids=["pgd", "mim", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "fab"],
 )
 def test_a_linear_model_is_broken_exactly_where_the_closed_form_says(attack, classes, norm):
     case, distances = linear(classes)
     eps = half_breaking(distances[norm])
+    if isinstance(attack, PGD):  # a quarter of eps
+        attack = PGD(attack.title, PGDSettings(20, 0.25 * eps))
     broken = np.zeros(len(case.images), bool)
     for rank in range(2, classes + 1 if attack.targeted else 3):
         broken |= case.end(attack, norm, eps, rank).found.broken
@@ -464,13 +475,13 @@ def test_pgd_starts_anywhere_in_the_ball(norm):
     keys = np.random.default_rng(1).integers(2**32, size=(n, 2), dtype=np.uint32)
     images, none = np.full((n, 1, 3, 1), 0.5, np.float32), np.zeros(n, np.int32)
     p = Problem(lambda x: x, ThreatModel(0.3, norm), images, np.zeros((n, 2), np.float32), none, none, keys)
-    attack = PGD("PGD", 1, 1.0)
+    attack = PGD("PGD", PGDSettings(1, 0.3))
     moved = attack.start(p, attack.draw(p)[0]).x - images
     size = p.threat.length(moved)
     assert size.max() <= 0.3 + 1e-6
     assert np.mean(size <= 0.3 * 0.5 ** (1 / 3)) == pytest.approx(0.5, abs=0.04)
     assert abs(moved.mean(0)).max() < 0.02
-    attack = PGD("PGD", 1, 1.0, random_start=False)
+    attack = PGD("PGD", PGDSettings(1, 0.3, random_start=False))
     np.testing.assert_array_equal(attack.start(p, attack.draw(p)[0]).x, images)
 
 

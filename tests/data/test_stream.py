@@ -303,7 +303,7 @@ def test_imagenet_is_read_from_tfds_without_decoding(prepared, small):
     np.testing.assert_array_equal(few.scaled(), data.test.scaled()[[3, 1]])
     assert few.scaled().dtype == np.float32
     assert few.scaled().max() <= 1
-    for a, b in zip(load_test("imagenet2012", str(prepared), "", 3), data.test.batch(slice(3)), strict=True):
+    for a, b in zip(load_test("imagenet2012", str(prepared), "", 3).batch(), data.test.batch(slice(3)), strict=True):
         np.testing.assert_array_equal(a, b)
     # other ids or another size, another digest
     digests = [data.digest, load_dataset(config).digest]
@@ -348,11 +348,11 @@ def test_streamed_images_are_judged_as_if_they_were_in_memory(prepared, small):
     v = init_variables(model, (32, 32, 3), jax.random.key(1))
     variables = {name: v[name] for name in ("params", "batch_stats")}
     evaluator = Evaluator(model, config, make_mesh(), KEY)
-    streamed = list(evaluator.judged(variables, [variables, variables], data, data.test))
+    streamed = list(evaluator.judged(variables, [variables, variables], data.test))
     assert [len(batch.natural) for batch in streamed] == [8]  # 5 on 4 devices are 8
-    for a, b in zip(streamed, evaluator.judged(variables, [variables, variables], data, memory), strict=True):
+    for a, b in zip(streamed, evaluator.judged(variables, [variables, variables], memory), strict=True):
         np.testing.assert_array_equal(a.adversarial, b.adversarial)
         np.testing.assert_array_equal(a.natural, b.natural)
         np.testing.assert_array_equal(a.robust, b.robust)
-    assert evaluator.accuracies(variables, data, data.test) == evaluator.accuracies(variables, data, memory)
+    assert evaluator.accuracies(variables, data.test) == evaluator.accuracies(variables, memory)
     assert not threads()

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import rst_jax
-from rst_jax.evaluation.suites import ATTACKS, make_rows
+from rst_jax.evaluation.card import finished
+from rst_jax.evaluation.suites import ATTACKS, make_suite
 from rst_jax.records import CardRecord, read_json
-from rst_jax.reports.card_page import write_card_page
+from rst_jax.reports.card import write_card_page
 from rst_jax.runtime.files import read_arrays
 from rst_jax.threat import ThreatModel
 from tests.drawing import IMAGES as TICKET_IMAGES
@@ -121,7 +122,7 @@ def test_replayed_images_break_the_network_they_were_made_for_and_others_less(ma
 
 def test_a_second_call_takes_what_is_there(made, monkeypatch):
     card, folder = made
-    monkeypatch.setattr("rst_jax.evaluation.cascade.Driver._batch", None)
+    monkeypatch.setattr("rst_jax.evaluation.batch.Attacker.attack", None)
     again = evaluate(attacks=("autoattack", "pgd-100x10"), folder=folder, keep_images=True)
     assert plain(again.record) == plain(card.record)
 
@@ -136,7 +137,7 @@ def test_a_second_call_takes_what_is_there(made, monkeypatch):
         ({"threat": ThreatModel(0.025 + 1e-9)}, "threat models was"),
         ({"threat": ThreatModel(0.025, upper=0.95)}, "threat models was"),
         ({"key": jax.random.key(1)}, "seed was"),
-        ({"attacks": ("autoattack",)}, r"attacks was PGD-100\(passes=101, .*\), now noise\("),
+        ({"attacks": ("autoattack",)}, r"attacks was PGD-100 eps/40\(passes=101, .*\), now noise\("),
         ({"images": IMAGES[:5], "labels": LABELS[:5]}, "was [0-9a-f]{12}..., now [0-9a-f]{12}...; clean logits was"),
         ({"faithful": True}, "mode was"),
     ],
@@ -251,7 +252,7 @@ def test_curves_fall_from_the_clean_accuracy_to_the_robust_one(made):
     for curve, row in ((whole.over_passes, whole), (restarts.over_passes, restarts), (restarts.over_rounds, restarts)):
         assert curve.robust[-1] == row.robust.value
         assert all(a >= b for a, b in itertools.pairwise([card.record.clean.value, *curve.robust]))
-    e = card.rows[1]
+    e = card.evidence[1]
     assert restarts.over_rounds.robust[3] == np.mean(e.standing | ((e.attack == 0) & (e.round > 3)))
     spent, at = e.queries + e.gradients, restarts.over_passes.effort.index(100)
     assert restarts.over_passes.robust[at] == np.mean(e.standing | ((e.attack == 0) & (spent > 100)))
@@ -309,22 +310,72 @@ def test_the_default_is_at_least_as_strong_as_the_published(norm):
 def test_the_key_moves_random_starts_and_nothing_else():
     first, again, other = (evaluate(attacks=("fgsm-rs", "fgsm"), key=jax.random.key(k)) for k in (0, 0, 5))
     for a, b, same in ((first, again, True), (first, other, False)):
-        images = [c.rows[0].adversarial[(c.rows[0].attack >= 0)] for c in (a, b)]
+        images = [c.evidence[0].adversarial for c in (a, b)]
         assert (images[0].shape == images[1].shape and bool((images[0] == images[1]).all())) == same
-    np.testing.assert_array_equal(first.rows[1].adversarial, other.rows[1].adversarial)
+    assert len(first.evidence[1].kept) >= 3
+    np.testing.assert_array_equal(first.evidence[1].adversarial, other.evidence[1].adversarial)
+
+
+def cascades(names, threat):
+    return make_suite(names, threat, 25).cascades
 
 
 def test_full_has_the_rows_of_a_card_in_both_norms():
-    rows = make_rows("full", ThreatModel(8 / 255), 0.5)
-    names = "FGSM, FGSM-RS, PGD-20, PGD-100x10, CW-Linf, MIM, AutoAttack, AutoAttack L2, CW-L2, Square, noise"
+    rows = cascades("full", ThreatModel(8 / 255))
+    names = "FGSM, FGSM-RS, PGD-20 eps/4, PGD-100x10, CW-Linf, MIM, AutoAttack, AutoAttack L2, CW-L2, Square, noise"
     assert ", ".join(row.name for row in rows) == names
     assert [row.name for row in rows if row.threat.norm == "l2"] == ["AutoAttack L2", "CW-L2"]
     assert {float(row.threat.eps) for row in rows} == {8 / 255, 0.5}
-    assert [row.name for row in make_rows("full", ThreatModel(0.5, "l2"), 0.5)] == [
+    assert [row.name for row in cascades("full", ThreatModel(0.5, "l2"))] == [
         name for name in names.split(", ") if name not in ("CW-Linf", "AutoAttack L2")
     ]
     for make in ATTACKS.values():
-        assert len({attack.name for attack in make(False)}) == len(make(False))
+        attacks = make(ThreatModel(0.1), False)
+        assert len({attack.name for attack in attacks}) == len({attack.stream for attack in attacks}) == len(attacks)
+
+
+def test_step_sizes_are_in_image_units_and_draws_hang_on_no_step_size():
+    where = ThreatModel(0.1)
+    names = ("fgsm", "fgsm-rs", "pgd-20", "pgd-100x10", "cw-linf")
+    found = [cascades(name, where)[0].attacks[0] for name in names]
+    assert [attack.settings.step_size for attack in found] == pytest.approx([0.1, 0.125, 0.025, 0.0025, 0.0025])
+    # The words that version 0.3 drew from.
+    assert [attack.stream for attack in found] == ["FGSM", "FGSM-RS", "PGD-20", "PGD-100", "CW-Linf"]
+    assert cascades("bandits", where)[0].attacks[0].step_size == pytest.approx(0.01)
+
+
+def test_a_finished_card_is_known_by_its_digest(made, tmp_path):
+    card, folder = made
+    assert finished(folder, card.record.subject_digest) == card.record
+    assert finished(folder, "0" * 64) is None
+    assert finished(tmp_path, card.record.subject_digest) is None
+    (tmp_path / "card.json").write_text("{")
+    assert finished(tmp_path, card.record.subject_digest) is None
+
+
+class Source:
+    """Images that are read when they are asked for, and no array."""
+
+    def __init__(self, images):
+        self.images, self.most = images, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.most = max(self.most, len(index))
+        return self.images[np.asarray(index)]
+
+
+def test_images_that_are_read_when_asked_for_make_the_same_card(tmp_path):
+    source = Source(IMAGES)
+    options = {"attacks": ("apgd-ce", "square"), "keep_images": True}
+    found = rst_jax.evaluate(network, source, LABELS, EPS, **options, batch_size=6, folder=tmp_path / "read")
+    assert source.most <= N  # 64 images are looked at, and 250 swept, at most
+    whole = evaluate(**options, folder=tmp_path / "whole")
+    assert plain(found.record) == plain(whole.record)
+    same_files(tmp_path / "whole", tmp_path / "read")
+    assert not list((tmp_path / "read").rglob("adversarial.npy"))
 
 
 @pytest.mark.parametrize(
@@ -337,16 +388,16 @@ def test_full_has_the_rows_of_a_card_in_both_norms():
     ],
 )
 def test_every_row_is_there_once_and_noise_last(names, norm, expected):
-    rows = make_rows(names, ThreatModel(0.1, norm), 0.5)
+    rows = cascades(names, ThreatModel(0.1, norm))
     assert [row.name for row in rows] == expected
-    more = make_rows(["full", "bandits"], ThreatModel(0.1, norm), 0.5)
+    more = cascades(["full", "bandits"], ThreatModel(0.1, norm))
     assert [row.name for row in more][-2:] == ["Bandits", "noise"]
 
 
 def test_cw_linf_is_of_linf():
-    assert "CW-Linf" not in [row.name for row in make_rows("full", ThreatModel(0.5, "l2"), 0.5)]
+    assert "CW-Linf" not in [row.name for row in cascades("full", ThreatModel(0.5, "l2"))]
     with pytest.raises(ValueError, match="under L2 take cw-l2"):
-        make_rows("cw-linf", ThreatModel(0.5, "l2"), 0.5)
+        cascades("cw-linf", ThreatModel(0.5, "l2"))
 
 
 def test_a_ticket_is_named_by_its_digest():
@@ -359,7 +410,7 @@ def test_a_ticket_is_named_by_its_digest():
 _CHILD = """
 import sys
 import rst_jax
-from tests.test_card import EPS, IMAGES, LABELS, network
+from tests.evaluation.test_card import EPS, IMAGES, LABELS, network
 rst_jax.evaluate(
     network, IMAGES, LABELS, EPS, ("autoattack", "pgd-100x10"), batch_size=4, folder=sys.argv[1], keep_images=True
 )
@@ -414,5 +465,5 @@ def test_another_default_kind_of_random_key_changes_nothing():
     with jax.default_prng_impl("rbg"):
         again = evaluate(attacks=("fgsm-rs", "square"))
     assert plain(again.record) == plain(first.record)
-    for a, b in zip(first.rows, again.rows, strict=True):
+    for a, b in zip(first.evidence, again.evidence, strict=True):
         np.testing.assert_array_equal(a.adversarial, b.adversarial)

@@ -9,8 +9,8 @@ import pytest
 
 import rst_jax
 from rst_jax.attacks import APGD, Noise, Square
-from rst_jax.evaluation.cascade import Row
-from rst_jax.evaluation.checks import check_row, check_rows, check_sweep, verdict
+from rst_jax.evaluation.cascade import Cascade
+from rst_jax.evaluation.checks import check_cascade, check_suite, check_sweep, verdict
 from rst_jax.evaluation.evidence import Evidence, Examples
 from rst_jax.records import Check
 from rst_jax.threat import ThreatModel
@@ -193,37 +193,37 @@ def names(checks):
 
 
 def test_two_in_a_thousand_may_fall_to_square_and_three_may_not():
-    row = Row("AutoAttack", (APGD(), Square()), EPS)
+    row = Cascade("AutoAttack", (APGD(), Square()), EPS)
     for late, expected in ((2, set()), (3, {"white box first"})):
         attack = np.full(1000, -1)
         attack[:late], attack[late : late + 300] = 1, 0
-        assert names(check_row(row, *evidence(attack))) == expected
+        assert names(check_cascade(row, *evidence(attack))) == expected
 
 
 def test_blind_rows_are_held_against_all_that_see():
-    rows = [Row("a", (APGD(),), EPS), Row("b", (APGD("dlr"),), EPS), Row("noise", (Noise(),), EPS)]
+    rows = [Cascade("a", (APGD(),), EPS), Cascade("b", (APGD("dlr"),), EPS), Cascade("noise", (Noise(),), EPS)]
     one, two, noise = (np.full(100, -1) for _ in range(3))
     one[:10], two[10:20], noise[5:22] = 0, 0, 0
     hard = {"queries": np.full(100, 101), "gradients": np.full(100, 101)}
-    assert not names(check_rows(rows[:2], [evidence(one, **hard)[0], evidence(two, **hard)[0]]))
-    found = check_rows(rows, [evidence(a, **hard)[0] for a in (one, two, noise)])
+    assert not names(check_suite(rows[:2], [evidence(one, **hard)[0], evidence(two, **hard)[0]]))
+    found = check_suite(rows, [evidence(a, **hard)[0] for a in (one, two, noise)])
     assert names(found) == {"black box no better, linf 0.03"}
     assert "broke 2 of 100" in found[-1].measured
     # A row of the first examples hides nothing of what comes after them.
-    rows.append(Row("few", (APGD(),), EPS, examples=5))
+    rows.append(Cascade("few", (APGD(),), EPS, examples=5))
     few = {name: value[:5] for name, value in hard.items()}
-    again = check_rows(rows, [*(evidence(a, **hard)[0] for a in (one, two, noise)), evidence(one[:5], **few)[0]])
+    again = check_suite(rows, [*(evidence(a, **hard)[0] for a in (one, two, noise)), evidence(one[:5], **few)[0]])
     assert names(again) == names(found)
     # Nor does it stand for them where they were hardly attacked.
-    weak = check_rows(rows[2:], [evidence(np.full(100, -1))[0], evidence(one[:5], **few)[0]])
+    weak = check_suite(rows[2:], [evidence(np.full(100, -1))[0], evidence(one[:5], **few)[0]])
     assert "effort, linf 0.03" in names(weak)
 
 
 def test_claims_that_do_not_hold_are_suspect():
     attack = np.full(100, 0)
-    row = Row("a", (APGD(), Square()), EPS)
-    assert not names(check_row(row, *evidence(attack, unverified=np.array([1, 0]))))
-    assert names(check_row(row, *evidence(attack, unverified=np.array([4, 0])))) == {"verified"}
+    row = Cascade("a", (APGD(), Square()), EPS)
+    assert not names(check_cascade(row, *evidence(attack, unverified=np.array([1, 0]))))
+    assert names(check_cascade(row, *evidence(attack, unverified=np.array([4, 0])))) == {"verified"}
 
 
 def test_the_gravest_verdict_is_the_one():

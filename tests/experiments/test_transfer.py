@@ -39,7 +39,7 @@ def test_crossing_keeps_what_is_done_and_knows_its_own(tmp_path, monkeypatch):
     assert first.robust.shape == (2, 2, 30)
     assert first.natural.shape == (2, 30)
     for i, ticket in enumerate(tickets):
-        natural, _, _, adversarial = judged(evaluator, ticket.variables, [ticket.variables], data, data.test)
+        natural, _, _, adversarial = judged(evaluator, ticket.variables, [ticket.variables], data.test)
         np.testing.assert_array_equal(first.natural[i], natural)
         for j, judge in enumerate(tickets):
             right = correct(evaluator.logits(judge.variables, adversarial), data.test.labels)

@@ -11,7 +11,8 @@ import pytest
 from rst_jax import subnet
 from rst_jax.config import PGDSettings
 from rst_jax.data.pipeline import Images
-from rst_jax.evaluation.accuracy import make_predict_step
+from rst_jax.evaluation.classifier import of_module
+from rst_jax.evaluation.programs import Programs
 from rst_jax.initializers import init_variables
 from rst_jax.models.convnet import ConvNet
 from rst_jax.models.resnet import ResNet
@@ -285,7 +286,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused():
 def test_predictions_do_not_see_padding():
     variables = init_variables(MODEL, (8, 8, 1), jax.random.key(0))
     variables = {k: variables[k] for k in ("params", "batch_stats")}
-    predict = make_predict_step(MODEL, make_mesh())
+    predict = Programs(make_mesh(), 8).predict(of_module(MODEL))
     images = np.random.default_rng(0).uniform(size=(8, 8, 8, 1)).astype(np.float32)
     poisoned = images.copy()
     poisoned[6:] = np.nan
