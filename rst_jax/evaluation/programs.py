@@ -34,7 +34,9 @@ Fixed = tuple[Any, ...]  # variables, eps, images, logits, labels, targets, key 
 def sizes(batch_size: int, devices: int) -> list[int]:
     """Of batches, in ascending order: powers of two a device, and the batch size, rounded up to the devices.
 
-    At least two a device: XLA computes one row by itself in another order.
+    At least two a device: XLA computes one row by itself in another order. (Of the work of AutoAttack on 360 digits at
+    batch size 250 on two devices, counted in passes, 8 % is padding, in 7 programs of attacks; sixteenths of the batch
+    size, compiled only where that is cheaper than padding, came to 9 % in 6.)
     """
     most = max(-(-batch_size // devices), 2)
     return [devices * rows for rows in [*(2**k for k in range(1, most.bit_length()) if 2**k < most), most]]
