@@ -64,7 +64,7 @@ def final_state(workdir):
 
     folder = next((workdir / "checkpoints" / "ratio-0.3" / "latest").iterdir())
     with ocp.PyTreeCheckpointer() as checkpointer:  # as NumPy arrays: the devices that saved it are not here
-        saved = checkpointer.origindata(folder / "state").item_metadata.tree
+        saved = checkpointer.metadata(folder / "state").item_metadata.tree
         as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         tree = checkpointer.restore(folder / "state", restore_args=as_arrays)
     return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
