@@ -273,7 +273,7 @@ def profile(attacker: Attacker, cascade: Cascade, x: np.ndarray) -> dict[str, An
     def start(attack: Attack) -> Any:
         def made(part: slice) -> Any:
             p = Problem(partial(classifier.apply, variables), cascade.threat, *(r[part] for r in rows))
-            first, each = attack.draw(p)
+            first, each = attack.sample(p)
             return attack.start(p, first), each
 
         return make_tree(n, made, mesh)
@@ -309,10 +309,10 @@ def profile(attacker: Attacker, cascade: Cascade, x: np.ndarray) -> dict[str, An
             go_on = attacker.programs.attack(attack, cascade.threat, classifier.apply, fixed)
             calls = 90 if attacker.programs.one_by_one(attack, classifier.apply, fixed) else 1
 
-            def steps(state: Any, drawn: Any, go_on: Any = go_on, calls: int = calls) -> Any:
+            def steps(state: Any, sampled: Any, go_on: Any = go_on, calls: int = calls) -> Any:
                 i = zero
                 for _ in range(calls):
-                    state, i = go_on(*fixed, drawn, state, i, last)
+                    state, i = go_on(*fixed, sampled, state, i, last)
                 return state
 
             told["ms"][f"a step of {attack.name}"] = round(milliseconds(steps, partial(start, attack)) / 90, 3)

@@ -30,12 +30,12 @@ def pixels(x: Shaped[Array, "n ..."]) -> tuple[int, ...]:
     return tuple(range(1, x.ndim))
 
 
-def ball(drawn: Float[Array, "n draws"], like: Images) -> Images:
+def ball(sampled: Float[Array, "n draws"], like: Images) -> Images:
     """Uniform points of the unit L2 ball, [N, ...], of normal draws [N, pixels + 2].
 
     Over their norm the draws are uniform on a sphere, and so is in the ball what is left of it without two coordinates.
     """
-    return (drawn[:, :-2] / per_example(l2_norm(drawn), drawn)).reshape(like.shape)
+    return (sampled[:, :-2] / per_example(l2_norm(sampled), sampled)).reshape(like.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,14 +109,14 @@ class APGD(Attack):
             return losses
         return jnp.where(p.targets < 0, losses, targeted_dlr(logits, p.labels, p.targets))
 
-    def draw(self, p: Problem) -> tuple[np.ndarray, tuple[()]]:
+    def sample(self, p: Problem) -> tuple[np.ndarray, tuple[()]]:
         """A way to start off, of any length: uniform in the cube (Linf) or normal (L2), [N, ...]."""
         shape = p.images.shape[1:]
         return 2 * uniform(p.keys, shape) - 1 if p.threat.norm == "linf" else normal(p.keys, shape), ()
 
-    def start(self, p: Problem, drawn: np.ndarray) -> APGDState:
+    def start(self, p: Problem, sampled: np.ndarray) -> APGDState:
         """Begin on the sphere, where that way leads."""
-        x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(drawn))
+        x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(sampled))
         zeros = np.zeros(p.labels.shape, x.dtype)
         return APGDState(
             found=Found.clean(p),
@@ -132,7 +132,7 @@ class APGD(Attack):
             size=zeros + 2 * p.threat.eps,
         )
 
-    def step(self, p: Problem, s: APGDState, i: jax.Array, drawn: Any = ()) -> APGDState:
+    def step(self, p: Problem, s: APGDState, i: jax.Array, sampled: Any = ()) -> APGDState:
         """Look; at a checkpoint, judge the step size; take a step with momentum."""
         losses, logits, gradient = ascent(p, s.x, lambda z: self._losses(p, z))
         better = losses > s.best_loss

@@ -144,25 +144,25 @@ class Attack:
         """Attacks that are the same program, given their problems, have the same."""
         return self
 
-    def draw(self, p: Problem) -> tuple[Any, Any]:
+    def sample(self, p: Problem) -> tuple[Any, Any]:
         """Random draws on the host: arrays [N, ...] for the start, and for the steps [N, passes, ...].
 
-        What would be more than some numbers a step is drawn in the step, from `step_keys`.
+        What would be more than some numbers a step is sampled in the step, from `step_keys`.
         """
         return (), ()
 
-    def start(self, p: Problem, drawn: Any) -> Any:
+    def start(self, p: Problem, sampled: Any) -> Any:
         """The state before the first step, on the host: without a pass through the network."""
         raise NotImplementedError
 
-    def step(self, p: Problem, s: Any, i: jax.Array, drawn: Any) -> Any:
-        """The state after step i, counted from 0, with its part [N, ...] of what was drawn."""
+    def step(self, p: Problem, s: Any, i: jax.Array, sampled: Any) -> Any:
+        """The state after step i, counted from 0, with its part [N, ...] of what was sampled."""
         raise NotImplementedError
 
 
-def advance(attack: Attack, p: Problem, state: Any, i: jax.Array, drawn: Any) -> Any:
-    """One step, in which broken examples rest if the attack lets them; `drawn` is for all steps."""
-    now = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, axis=1, keepdims=False), drawn)
+def advance(attack: Attack, p: Problem, state: Any, i: jax.Array, sampled: Any) -> Any:
+    """One step, in which broken examples rest if the attack lets them; `sampled` is for all steps."""
+    now = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, axis=1, keepdims=False), sampled)
     after = attack.step(p, state, i, now)
     if not attack.rests:
         return after
@@ -207,9 +207,9 @@ def _draws(keys: np.ndarray, shape: tuple[int, ...], kind: Callable[[np.random.G
     """Of one generator, which for every example begins a stream of its own."""
     stream = np.random.Philox(key=0)
     draw, begin = kind(np.random.Generator(stream)), stream.state
-    drawn = np.empty((len(keys), *shape), np.float32)
-    for words, row in zip(keys, drawn, strict=True):
+    sampled = np.empty((len(keys), *shape), np.float32)
+    for words, row in zip(keys, sampled, strict=True):
         begin["state"]["key"] = words.astype(np.uint64)
         stream.state = begin
         draw(dtype=np.float32, out=row)
-    return drawn
+    return sampled

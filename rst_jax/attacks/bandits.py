@@ -60,13 +60,13 @@ class Bandits(Attack):
         """The steps."""
         return self.steps
 
-    def start(self, p: Problem, drawn: Any = ()) -> BanditsState:
+    def start(self, p: Problem, sampled: Any = ()) -> BanditsState:
         """Begin at the clean image, with a prior of zero."""
         n, h, w, c = p.images.shape
         prior = np.zeros((n, -(-h // self.tile), -(-w // self.tile), c), p.images.dtype)
         return BanditsState(Found.clean(p), p.images, prior)
 
-    def step(self, p: Problem, s: BanditsState, i: jax.Array, drawn: Any = ()) -> BanditsState:
+    def step(self, p: Problem, s: BanditsState, i: jax.Array, sampled: Any = ()) -> BanditsState:
         """Estimate, update the prior, move, look."""
         rough = p.threat.norm == "linf"
         exploration = (1.0 if rough else 0.01) if self.exploration is None else self.exploration

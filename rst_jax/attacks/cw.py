@@ -16,7 +16,7 @@ from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import correct, margin
 from rst_jax.threat import Array, ThreatModel, l2_norm, per_example
 
-_INSIDE = 0.999999  # the clean image is drawn in by so much, since the edge of the box is at infinity
+_INSIDE = 0.999999  # the clean image is pulled in by so much, since the edge of the box is at infinity
 _DECAY = (0.9, 0.999)  # Adam's
 
 
@@ -65,7 +65,7 @@ class CWL2(Attack):
         """Iterations of all searches."""
         return self.iterations * self.searches
 
-    def start(self, p: Problem, drawn: Any = ()) -> CWState:
+    def start(self, p: Problem, sampled: Any = ()) -> CWState:
         """Begin at the clean image; where that is misclassified, nothing is closer."""
         found = Found.clean(p)
         zeros, n = np.zeros_like(p.images), np.zeros(p.labels.shape, p.images.dtype)
@@ -82,7 +82,7 @@ class CWL2(Attack):
             reached=np.zeros(n.shape, bool),
         )
 
-    def step(self, p: Problem, s: CWState, i: jax.Array, drawn: Any = ()) -> CWState:
+    def step(self, p: Problem, s: CWState, i: jax.Array, sampled: Any = ()) -> CWState:
         """Look at the image at w, then move w; first, where a search step begins, choose c and go back."""
         s = self._searched(p, s, i)
         x = _image(p.threat, s.w)

@@ -62,12 +62,12 @@ class FAB(Attack):
         """The steps; each looks at where it stands and at where it goes."""
         return self.steps
 
-    def start(self, p: Problem, drawn: Any = ()) -> FABState:
+    def start(self, p: Problem, sampled: Any = ()) -> FABState:
         """Begin at the clean image."""
         found = Found.clean(p)
         return FABState(found, p.images, np.where(found.broken, 0, np.inf).astype(p.images.dtype))
 
-    def step(self, p: Problem, s: FABState, i: jax.Array, drawn: Any = ()) -> FABState:
+    def step(self, p: Problem, s: FABState, i: jax.Array, sampled: Any = ()) -> FABState:
         """Linearise, project, mix, look, step back."""
         difference, gradient = self._boundary(p, s.x)
         offset = jnp.sum(gradient * s.x, axis=pixels(s.x)) - difference

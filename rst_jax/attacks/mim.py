@@ -38,11 +38,11 @@ class MIM(Attack):
     rounds = 1
     name = "MIM"
 
-    def start(self, p: Problem, drawn: Any = ()) -> MIMState:
+    def start(self, p: Problem, sampled: Any = ()) -> MIMState:
         """Begin at the clean image."""
         return MIMState(Found.clean(p), p.images, np.zeros_like(p.images))
 
-    def step(self, p: Problem, s: MIMState, i: jax.Array, drawn: Any = ()) -> MIMState:
+    def step(self, p: Problem, s: MIMState, i: jax.Array, sampled: Any = ()) -> MIMState:
         """Look, gather the gradient, and take a projected step along what is gathered."""
         _, logits, gradient = ascent(p, s.x, lambda z: cross_entropy(z, p.labels))
         mean = jnp.mean(abs(gradient), axis=pixels(gradient))

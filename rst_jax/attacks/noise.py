@@ -32,11 +32,11 @@ class Noise(Attack):
         """The draws."""
         return self.draws
 
-    def start(self, p: Problem, drawn: Any = ()) -> NoiseState:
+    def start(self, p: Problem, sampled: Any = ()) -> NoiseState:
         """Nothing yet."""
         return NoiseState(Found.clean(p))
 
-    def step(self, p: Problem, s: NoiseState, i: jax.Array, drawn: Any = ()) -> NoiseState:
-        """One draw."""
+    def step(self, p: Problem, s: NoiseState, i: jax.Array, sampled: Any = ()) -> NoiseState:
+        """One sample."""
         x = p.threat.project(p.images + p.threat.noise(step_keys(p, i), p.images), p.images)
         return NoiseState(s.found.seen(p, x, p.logits_fn(x)))

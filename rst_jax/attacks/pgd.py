@@ -126,7 +126,7 @@ class PGD(Attack):
         """Restarts share one."""
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, restarts=1))
 
-    def draw(self, p: Problem) -> tuple[Any, tuple[()]]:
+    def sample(self, p: Problem) -> tuple[Any, tuple[()]]:
         """For a random start: uniform in the cube (Linf) or the ball (L2) of radius one, [N, ...]."""
         if not self.settings.random_start:
             return np.zeros_like(p.images), ()
@@ -134,11 +134,11 @@ class PGD(Attack):
             return 2 * uniform(p.keys, p.images.shape[1:]) - 1, ()
         return ball(normal(p.keys, (p.images[0].size + 2,)), p.images), ()
 
-    def start(self, p: Problem, drawn: np.ndarray) -> PGDState:
+    def start(self, p: Problem, sampled: np.ndarray) -> PGDState:
         """Begin at the image with that times eps."""
-        return PGDState(Found.clean(p), p.threat.project(p.images + p.threat.eps * drawn, p.images))
+        return PGDState(Found.clean(p), p.threat.project(p.images + p.threat.eps * sampled, p.images))
 
-    def step(self, p: Problem, s: PGDState, i: jax.Array, drawn: Any = ()) -> PGDState:
+    def step(self, p: Problem, s: PGDState, i: jax.Array, sampled: Any = ()) -> PGDState:
         """Look, and take a projected step."""
 
         def loss(logits: jax.Array) -> jax.Array:

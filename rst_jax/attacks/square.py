@@ -35,8 +35,8 @@ class Square(Attack):
       steps: queries after the first.
       rounds: restarts.
       share: of the image that the first squares cover (p in the paper).
-      faithful: as published, squares never reach the last row and column; here they do. Everything that is drawn is
-        drawn for each example by itself in both, where the authors' code draws one place for a batch.
+      faithful: as published, squares never reach the last row and column; here they do. Everything that is sampled is
+        sampled for each example by itself in both, where the authors' code samples one place for a batch.
     """
 
     steps: int = 5000
@@ -57,21 +57,21 @@ class Square(Attack):
             found.append(min(side, h, w))
         return found
 
-    def draw(self, p: Problem) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, p: Problem) -> tuple[np.ndarray, np.ndarray]:
         """A pattern of the whole image; for each step uniform draws: signs, places and, under L2, a way to lie."""
         h, w, c = p.images.shape[1:]
         l2 = p.threat.norm == "l2"
         count, values = (math.prod(_tiling(h, w)), c + 5) if l2 else (w, c + 2)
-        drawn = uniform(p.keys, (count + self.passes, values))
-        first, each = drawn[:, :count], drawn[:, count:]
+        sampled = uniform(p.keys, (count + self.passes, values))
+        first, each = sampled[:, :count], sampled[:, count:]
         return _tiles(first, p.images) if l2 else _stripes(first, p.images), each
 
-    def start(self, p: Problem, drawn: np.ndarray) -> SquareState:
+    def start(self, p: Problem, sampled: np.ndarray) -> SquareState:
         """Begin with the pattern, scaled to eps."""
-        x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(drawn))
+        x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(sampled))
         return SquareState(Found.clean(p), x, np.full(p.labels.shape, np.inf, x.dtype))
 
-    def step(self, p: Problem, s: SquareState, i: jax.Array, drawn: jax.Array) -> SquareState:
+    def step(self, p: Problem, s: SquareState, i: jax.Array, sampled: jax.Array) -> SquareState:
         """One query: of where it starts, then of a proposal."""
         h, w, c = p.images.shape[1:]
         sides = self.sides((h, w, c), p.threat.norm)
@@ -79,10 +79,10 @@ class Square(Attack):
         room = (jnp.asarray([h, w], jnp.int32) - side + (0 if self.faithful else 1)).astype(jnp.float32)
 
         def window(first: int) -> tuple[jax.Array, jax.Array]:
-            corner = jnp.floor(drawn[:, first : first + 2] * room).astype(jnp.int32)
+            corner = jnp.floor(sampled[:, first : first + 2] * room).astype(jnp.int32)
             return corner, _window(corner, side, p.images)
 
-        signs = _signs(drawn[:, :c]).astype(p.images.dtype)[:, None, None, :]
+        signs = _signs(sampled[:, :c]).astype(p.images.dtype)[:, None, None, :]
         corner, changed = window(c)
         if p.threat.norm == "linf":
             x = p.threat.project(s.best + jnp.where(changed, 2 * p.threat.eps * signs, 0), p.images)
@@ -91,7 +91,7 @@ class Square(Attack):
             kinds = sorted(set(sides))
             kind = jnp.asarray([kinds.index(side) for side in sides], jnp.int32)[i]
             patterns = jnp.asarray(np.stack([_canvas(side, p.images.shape[1:3]) for side in kinds]), s.best.dtype)
-            pattern = _placed(patterns[kind], corner, drawn[:, -1] < 0.5)[..., None] * signs
+            pattern = _placed(patterns[kind], corner, sampled[:, -1] < 0.5)[..., None] * signs
             delta = _exchanged(s.best - p.images, changed, emptied, pattern, p.threat.eps)
             x = p.threat.clip(p.images + p.threat.eps * p.threat.unit(delta))
         x = jnp.where(i == 0, s.best, x)

@@ -29,6 +29,6 @@ def run(arguments: Sequence[str]) -> None:
     from rst_jax.planning import plan  # heavy
 
     made = plan.make_plan(config, o.topology)
-    print(plan.table(made))
+    print(plan.plan_text(made))
     if o.json:
         write_json(Path(o.json), plan.to_dict(made))

@@ -15,10 +15,10 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("card", help="its folder, or its card.json")
     parser.add_argument("--checks", action="store_true", help="also every check, with what was measured")
     o = parser.parse(arguments)
-    from rst_jax.reports.card import load_card, table
+    from rst_jax.reports.card import card_text, load_card
 
     record = load_card(o.card)
-    print(table(record))
+    print(card_text(record))
     if o.checks:
         for check in record.checks:
             print(f"{'passed' if check.passed else 'FAILED'}  {check.name}: {check.measured}")

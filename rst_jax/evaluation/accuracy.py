@@ -8,12 +8,12 @@ float32 at the highest precision, and an image that left ball or box (in float64
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from rst_jax.attacks import pgd
 from rst_jax.config import Config, PGDSettings
@@ -28,7 +28,6 @@ from rst_jax.runtime.progress import progress
 from rst_jax.threat import ThreatModel
 from rst_jax.tickets.ticket import Ticket
 
-Tree = Any
 _AHEAD = 2  # batches read before they are needed
 
 
@@ -68,11 +67,11 @@ class Evaluator:
         unroll = config.unroll == "unroll" or (config.unroll == "auto" and on_cpu(mesh))
         self._attack = paper_attack(self.programs, self.apply, self.threat, e.pgd, unroll=unroll)
 
-    def logits(self, variables: Tree, images: np.ndarray) -> np.ndarray:
+    def logits(self, variables: PyTree, images: np.ndarray) -> np.ndarray:
         """Logits [N, classes] of float32 images [N, H, W, C]."""
         return self.programs.logits(Classifier(self.apply, variables), images, len(images))
 
-    def judged(self, attacked: Tree, judges: Sequence[Tree], split: Split) -> Iterator[Judged]:
+    def judged(self, attacked: PyTree, judges: Sequence[PyTree], split: Split) -> Iterator[Judged]:
         """Attack the images of a split through one network and let others judge, batch after batch.
 
         While a batch is on the devices the next is read, so that no more than a few are ever in memory.
@@ -106,7 +105,7 @@ class Evaluator:
             adversarial = self._attack(classifier.variables, *rows, replicate(self.key, self.mesh))
         return np.array(fetch(adversarial)[: len(images)])
 
-    def accuracies(self, variables: Tree, split: Split) -> tuple[float, float]:
+    def accuracies(self, variables: PyTree, split: Split) -> tuple[float, float]:
         """Natural and robust accuracy on a split."""
         flags = [(batch.natural, batch.robust[0]) for batch in self.judged(variables, [variables], split)]
         natural, robust = (np.concatenate(batches) for batches in zip(*flags, strict=True))
@@ -122,7 +121,7 @@ def paper_attack(
     key are replicated, the rest is split by rows over the mesh; padding rows may hold anything.
     """
 
-    def attack(variables: Tree, images: jax.Array, labels: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
+    def attack(variables: PyTree, images: jax.Array, labels: jax.Array, ids: jax.Array, key: jax.Array) -> jax.Array:
         noise = threat.noise(example_keys(jax.random.wrap_key_data(key), ids), images)
         return pgd(
             lambda x: apply(variables, x),

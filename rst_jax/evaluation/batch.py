@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Problem
 from rst_jax.evaluation.classifier import Classifier
@@ -23,7 +24,6 @@ from rst_jax.losses import correct, margin
 from rst_jax.runtime.mesh import fetch, make_tree, replicate
 from rst_jax.threat import ThreatModel, pixels
 
-Tree = Any
 _LOOKS = 10  # times a round that the host looks whether all examples are broken
 
 
@@ -91,9 +91,9 @@ class Attacker:
         """
         n, images, began = len(batch.index), self.examples.read(batch.index), time.monotonic()
         with jax.default_matmul_precision("highest"):
-            fixed, drawn, state = self._placed(attack, threat, batch, images)
+            fixed, sampled, state = self._placed(attack, threat, batch, images)
             apply = self.classifier.apply
-            go_on = partial(self.programs.attack(attack, threat, apply, fixed), *fixed, drawn)
+            go_on = partial(self.programs.attack(attack, threat, apply, fixed), *fixed, sampled)
             state = self._walk(attack, go_on, state, n, tick, self.programs.one_by_one(attack, apply, fixed))
             minimal = {"image": state.image} if hasattr(state, "image") else {}
             got = {name: value[:n] for name, value in fetch({**state.found._asdict(), **minimal}).items()}
@@ -108,8 +108,8 @@ class Attacker:
 
     def _placed(
         self, attack: Attack, threat: ThreatModel, batch: Batch, images: np.ndarray
-    ) -> tuple[Fixed, Tree, Tree]:
-        """What a round begins with, on the devices: the fixed arguments, what is drawn, and the state."""
+    ) -> tuple[Fixed, PyTree, PyTree]:
+        """What a round begins with, on the devices: the fixed arguments, what is sampled, and the state."""
         variables = self.classifier.variables
         place, labels, ids = batch.padded(np.arange(len(batch.index))), self.examples.labels, self.examples.ids
         index, rounds, targets = map(batch.padded, (batch.index, batch.rounds, batch.targets))
@@ -119,14 +119,14 @@ class Attacker:
             keys = self._keys(attack, rounds[part], ids[i])
             there = (images[place[part]], self.examples.logits[i], labels[i], targets[part], keys)
             p = Problem(partial(self.classifier.apply, variables), threat, *there)
-            first, each = attack.draw(p)
+            first, each = attack.sample(p)
             return there, each, attack.start(p, first)
 
-        there, drawn, state = make_tree(batch.size, made, self.mesh)
-        return (variables, replicate(np.float32(threat.eps), self.mesh), *there), drawn, state
+        there, sampled, state = make_tree(batch.size, made, self.mesh)
+        return (variables, replicate(np.float32(threat.eps), self.mesh), *there), sampled, state
 
     def _walk(
-        self, attack: Attack, go_on: Callable, state: Tree, n: int, tick: Callable[[int], None], one_by_one: bool
+        self, attack: Attack, go_on: Callable, state: PyTree, n: int, tick: Callable[[int], None], one_by_one: bool
     ) -> Any:
         """The state after a round on placed rows, the first n of which are real; stops when all of these are broken."""
         i, look = self._number(0), -(-attack.passes // _LOOKS)

@@ -30,7 +30,7 @@ from rst_jax.evaluation.question import Question, ask, check_given, examine, key
 from rst_jax.evaluation.suites import described, make_suite
 from rst_jax.losses import correct
 from rst_jax.records import PRECISION, CardRecord, CascadeRecord, Check, Curve, Sweep, accuracy, provenance, read_json
-from rst_jax.reports.card import table
+from rst_jax.reports.card import card_text
 from rst_jax.runtime.files import arrays_in_pieces, write_arrays, write_json
 from rst_jax.runtime.mesh import from_main, is_main, make_mesh
 from rst_jax.threat import ThreatModel
@@ -56,7 +56,7 @@ class Card:
 
     def __str__(self) -> str:
         """The table for a terminal."""
-        return table(self.record)
+        return card_text(self.record)
 
     def _gallery(self) -> dict[str, np.ndarray]:
         """The first examples that the cascade with most broken ones broke, to be looked at."""

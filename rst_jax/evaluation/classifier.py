@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax.tickets.ticket import Ticket
 
-Tree = Any
-Apply = Callable[[Tree, jax.Array], jax.Array]
+Apply = Callable[[PyTree, jax.Array], jax.Array]
 KEYS = "threefry2x32"  # whatever JAX is told to take by default
 
 
@@ -34,7 +34,7 @@ class Classifier:
     """
 
     apply: Apply
-    variables: Tree = ()
+    variables: PyTree = ()
     function: Callable[..., Any] | None = None
     traced: bool = True
     obstacle: str = ""
@@ -50,7 +50,7 @@ class Classifier:
     def program(self, image_shape: tuple[int, ...]) -> str:
         """A digest of what is computed, its gradient included; of weights it sees only shapes."""
 
-        def total(x: jax.Array, variables: Tree) -> jax.Array:
+        def total(x: jax.Array, variables: PyTree) -> jax.Array:
             return jnp.sum(self.apply(variables, x))
 
         asked = total if self.obstacle else jax.value_and_grad(total)
@@ -89,10 +89,10 @@ def of_function(logits_fn: Callable[..., Any], some: np.ndarray) -> Classifier:
         return of_ticket(logits_fn)
     like, classes = jax.ShapeDtypeStruct(some.shape, jnp.float32), first.shape[1]
 
-    def inside(_: Tree, x: jax.Array) -> jax.Array:
+    def inside(_: PyTree, x: jax.Array) -> jax.Array:
         return jnp.asarray(logits_fn(x), jnp.float32)
 
-    def outside(_: Tree, x: jax.Array) -> jax.Array:
+    def outside(_: PyTree, x: jax.Array) -> jax.Array:
         def called(x: Any) -> np.ndarray:
             return np.asarray(logits_fn(np.asarray(x)), np.float32)
 

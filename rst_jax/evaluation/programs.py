@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Problem, advance
 from rst_jax.evaluation.classifier import KEYS, Apply, Classifier
@@ -21,7 +22,6 @@ from rst_jax.runtime.mesh import AXIS, fetch, on_cpu, replicate, split_rows
 from rst_jax.runtime.operations import has_convolution, operations
 from rst_jax.threat import ThreatModel
 
-Tree = Any
 _SPECS = {"r": PartitionSpec(AXIS), "v": PartitionSpec()}
 # XLA's library for CPUs adds up the rows of larger arrays in another order than those of smaller ones; so it is left
 # the products and convolutions, and a row's sum does not hang on how many rows there are.
@@ -97,21 +97,21 @@ class Programs:
         return self.compile(("logits", apply), apply, "vr", "r", "logits", level=0)
 
     def attack(self, attack: Attack, threat: ThreatModel, apply: Apply, fixed: Fixed) -> Callable:
-        """Of an attack: (fixed, drawn, state, i, last) to (state, i).
+        """Of an attack: (fixed, sampled, state, i, last) to (state, i).
 
         It makes the step i, or all up to `last`, which it ends early when every example is broken; it gives up the
         state it was given.
         """
         box, program = (threat.norm, threat.lower, threat.upper), attack.program
 
-        def problem(variables: Tree, eps: jax.Array, *rows: jax.Array) -> Problem:
+        def problem(variables: PyTree, eps: jax.Array, *rows: jax.Array) -> Problem:
             images, logits, labels, targets, keys = rows
             network, there = partial(apply, variables), ThreatModel(eps, *box)
             return Problem(network, there, images, logits, labels, targets, jax.random.wrap_key_data(keys, impl=KEYS))
 
         def step(*arguments: Any) -> Any:
-            *fixed, drawn, state, i, _ = arguments
-            return advance(program, problem(*fixed), state, i, drawn), i + 1
+            *fixed, sampled, state, i, _ = arguments
+            return advance(program, problem(*fixed), state, i, sampled), i + 1
 
         def steps(*arguments: Any) -> Any:
             *fixed, state, i, last = arguments
@@ -182,7 +182,7 @@ def violations(threat: ThreatModel, adversarial: np.ndarray, images: np.ndarray)
     return threat.violations(adversarial.astype(np.float64), images.astype(np.float64))
 
 
-def _operations(apply: Apply, variables: Tree, images: Any) -> float:
+def _operations(apply: Apply, variables: PyTree, images: Any) -> float:
     """What a forward pass over one of `images` needs, by formula; inf where that is not known."""
     try:
         counted = operations(apply, variables, jax.ShapeDtypeStruct((1, *images.shape[1:]), np.float32))

@@ -13,7 +13,7 @@ from rst_jax.experiments.run import Run
 from rst_jax.experiments.search import dense, search
 from rst_jax.experiments.switching import switch
 from rst_jax.experiments.transfer import transfer
-from rst_jax.reports.report import table, write_report
+from rst_jax.reports.report import report_text, write_report
 from rst_jax.reports.results import read_results
 from rst_jax.runtime.mesh import is_main
 from rst_jax.runtime.progress import make_say
@@ -28,7 +28,7 @@ def report(run: Run) -> None:
     if run.is_main:
         results = read_results(run.workdir, list(run.names))
         page = write_report(run.workdir, results)
-        print(f"\n{table(results)}\n\nreport: {page}")
+        print(f"\n{report_text(results)}\n\nreport: {page}")
 
 
 STAGES: dict[str, Callable[[Run], None]] = {

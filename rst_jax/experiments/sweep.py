@@ -294,4 +294,4 @@ def gather(sweep: Sweep, say: Say) -> None:
     if measured:
         lines = paper.summarise(measured)
         page = paper.write(sweep.workdir, sweep.name, lines, measured, sweep.figure)
-        print(f"\n{paper.table(lines)}\n\nreport: {page}")
+        print(f"\n{paper.sweep_text(lines)}\n\nreport: {page}")

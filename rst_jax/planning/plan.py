@@ -136,7 +136,7 @@ def _data(config: Config) -> tuple[int, tuple[int, ...], int]:
     return min(n, config.train_examples or n), shape, classes
 
 
-def table(plan: Plan) -> str:
+def plan_text(plan: Plan) -> str:
     """The plan for a terminal."""
     c = plan.compiled
     lines = [

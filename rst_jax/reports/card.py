@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from rst_jax.records import CardRecord, read_json
-from rst_jax.reports.page import CYCLE, ROBUST, figure_of, pairs, render, svg
-from rst_jax.reports.page import table as table_of
+from rst_jax.reports.page import CYCLE, ROBUST, figure_of, pairs, render, svg, table_markup
 from rst_jax.reports.text import columns, percent, radius
 from rst_jax.runtime.files import read_arrays, write_text
 
@@ -38,7 +37,7 @@ def row_cells(record: CardRecord) -> tuple[list[str], list[list[str]]]:
     return ["attack", "threat model", "robust %", "n", "broken by", "passes"], lines
 
 
-def table(record: CardRecord) -> str:
+def card_text(record: CardRecord) -> str:
     """A card as text for a terminal."""
     told = columns(*row_cells(record), right=False)
     if s := record.sweep:
@@ -71,7 +70,7 @@ def write_card_page(folder: Path) -> Path:
 def card_figures(folder: Path) -> list[tuple[str, str, str]]:
     """The card as sections of another page: (title, picture, caption)."""
     record = load_card(folder)
-    first = (_title(record), table_of(*row_cells(record)), " ".join(_notes(record)))
+    first = (_title(record), table_markup(*row_cells(record)), " ".join(_notes(record)))
     return [first, *_pictures(folder, record)]
 
 

@@ -62,14 +62,14 @@ def render(
     )
     return _PAGE.format(
         title=html.escape(title),
-        table=table(header, rows),
+        table=table_markup(header, rows),
         notes="".join(f"<p>{html.escape(note)}</p>" for note in notes),
         sections=sections,
         made=html.escape(made),
     )
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def table_markup(header: list[str], rows: list[list[str]]) -> str:
     """A table of plain texts as markup."""
     heads = "".join(f"<th>{html.escape(h)}</th>" for h in header)
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)

@@ -115,7 +115,7 @@ def _rows(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def table(lines: Sequence[Line]) -> str:
+def sweep_text(lines: Sequence[Line]) -> str:
     """The lines for a terminal."""
     return "\n".join([*columns(*_rows(lines), right=True), "", "n runs of other seeds: mean +- standard deviation."])
 

@@ -47,7 +47,7 @@ def _sentences(results: Results) -> list[str]:
     return told
 
 
-def table(results: Results) -> str:
+def report_text(results: Results) -> str:
     """The figures as text for a terminal."""
     return "\n".join([*columns(*_cells(results), right=True), "", *_sentences(results)])
 

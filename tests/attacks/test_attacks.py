@@ -42,13 +42,13 @@ ATTACKS = {
     static_argnames=("attack", "network", "norm"),
     compiler_options=QUICKLY,
 )
-def path(attack, network, norm, weights, eps, state, drawn, *rows):
+def path(attack, network, norm, weights, eps, state, sampled, *rows):
     """The states of an attack, the start's first, each array [passes + 1, N, ...]."""
     *rows, keys = rows
     p = Problem(lambda x: network(weights, x), ThreatModel(eps, norm), *rows, jax.random.wrap_key_data(keys))
 
     def body(state, i):
-        return advance(attack, p, state, i, drawn), state
+        return advance(attack, p, state, i, sampled), state
 
     last, states = lax.scan(body, state, jnp.arange(attack.passes, dtype=jnp.int32))
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), states, last)
@@ -84,9 +84,9 @@ class Case:
         targets = targets if rank else np.full_like(targets, -1)
         rows = self.images, self.logits(), self.labels, targets, self.keys
         p = Problem(functools.partial(self.network, self.weights), ThreatModel(eps, norm), *rows)
-        first, drawn = attack.draw(p)
+        first, sampled = attack.sample(p)
         start = attack.start(p, first)
-        states = path(attack, self.network, norm, self.weights, np.float32(eps), start, drawn, *rows)
+        states = path(attack, self.network, norm, self.weights, np.float32(eps), start, sampled, *rows)
         return jax.tree.map(np.asarray, states)
 
     def end(self, attack, norm, eps, rank=2):
@@ -299,11 +299,11 @@ def test_every_forward_pass_is_counted(attack, norm):
 
     images, labels = SHARED.images, SHARED.labels
     p = Problem(counting, ThreatModel(0.0, norm), images, SHARED.logits(), labels, labels, SHARED.keys)
-    first, drawn = attack.draw(p)
+    first, sampled = attack.sample(p)
     state = attack.start(p, first)
     assert not calls
     p = dataclasses.replace(p, keys=jax.random.wrap_key_data(SHARED.keys))
-    jax.eval_shape(lambda state: advance(attack, p, state, jnp.int32(0), drawn), state)
+    jax.eval_shape(lambda state: advance(attack, p, state, jnp.int32(0), sampled), state)
     queries = SHARED.end(attack, norm, 0.0).found.queries
     np.testing.assert_array_equal(queries[~SHARED.wrong], attack.passes * len(calls))
 
@@ -435,15 +435,15 @@ def test_found_keeps_what_it_has_where_nothing_new_counts():
 @pytest.mark.parametrize("draw", [normal, uniform])
 def test_a_draw_hangs_on_its_own_key_alone(draw):
     keys = np.random.default_rng(0).integers(2**32, size=(500, 2), dtype=np.uint32)
-    drawn = draw(keys, (3, 2))
-    np.testing.assert_array_equal(draw(keys[7:9], (3, 2)), drawn[7:9])
-    np.testing.assert_array_equal(draw(keys[:2], (4, 2))[:, :3], drawn[:2])
+    sampled = draw(keys, (3, 2))
+    np.testing.assert_array_equal(draw(keys[7:9], (3, 2)), sampled[7:9])
+    np.testing.assert_array_equal(draw(keys[:2], (4, 2))[:, :3], sampled[:2])
     other = draw(keys ^ np.asarray([0, 1], np.uint32), (3, 2))
-    for a, b in ((drawn, other), (drawn[:-1], drawn[1:]), (drawn[:, 0], drawn[:, 1])):
+    for a, b in ((sampled, other), (sampled[:-1], sampled[1:]), (sampled[:, 0], sampled[:, 1])):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.1
     mean, std = (0.5, 12**-0.5) if draw is uniform else (0, 1)
-    assert abs(drawn.mean() - mean) < 0.07 * std
-    assert drawn.std() == pytest.approx(std, rel=0.05)
+    assert abs(sampled.mean() - mean) < 0.07 * std
+    assert sampled.std() == pytest.approx(std, rel=0.05)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -456,8 +456,8 @@ def test_a_start_hangs_on_its_example_alone_and_is_float32(attack, norm):
     def start(rows, eps):
         threat = ThreatModel(eps, norm)
         p = Problem(lambda x: x, threat, *(a[rows] for a in (images, logits, labels, labels, keys)))
-        first, drawn = attack.draw(p)
-        return attack.start(p, first), drawn
+        first, sampled = attack.sample(p)
+        return attack.start(p, first), sampled
 
     whole = start(slice(None), 0.1)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(whole)} <= {"float32", "int32", "bool"}
@@ -476,13 +476,13 @@ def test_pgd_starts_anywhere_in_the_ball(norm):
     images, none = np.full((n, 1, 3, 1), 0.5, np.float32), np.zeros(n, np.int32)
     p = Problem(lambda x: x, ThreatModel(0.3, norm), images, np.zeros((n, 2), np.float32), none, none, keys)
     attack = PGD("PGD", PGDSettings(1, 0.3))
-    moved = attack.start(p, attack.draw(p)[0]).x - images
+    moved = attack.start(p, attack.sample(p)[0]).x - images
     size = p.threat.length(moved)
     assert size.max() <= 0.3 + 1e-6
     assert np.mean(size <= 0.3 * 0.5 ** (1 / 3)) == pytest.approx(0.5, abs=0.04)
     assert abs(moved.mean(0)).max() < 0.02
     attack = PGD("PGD", PGDSettings(1, 0.3, random_start=False))
-    np.testing.assert_array_equal(attack.start(p, attack.draw(p)[0]).x, images)
+    np.testing.assert_array_equal(attack.start(p, attack.sample(p)[0]).x, images)
 
 
 # The projection onto a hyperplane

@@ -57,7 +57,7 @@ def problem(name, norm, rank=2):
     return Problem(network, threat, images, logits, labels, targets.astype(jnp.int32), keys)
 
 
-def walk(p, attack, state, drawn=(), step=None):
+def walk(p, attack, state, sampled=(), step=None):
     """The last state, every state after a pass [passes, ...], and every image that was looked at, in order."""
     seen = []
 
@@ -72,7 +72,7 @@ def walk(p, attack, state, drawn=(), step=None):
     @jax.jit
     def program(state):
         def body(state, i):
-            state = (step or attack.step)(q, state, i, drawn)
+            state = (step or attack.step)(q, state, i, sampled)
             return state, state
 
         return lax.scan(body, state, jnp.arange(attack.passes, dtype=jnp.int32))
@@ -129,8 +129,8 @@ def test_the_default_differs_from_it_where_it_says(run):
     _, theirs, _ = walk(p, published, start)
     # With 0 in place of the first loss, nothing differs where no logits are divided and nothing rests.
 
-    def without(p, s, i, drawn):
-        s = default.step(p, s, i, drawn)
+    def without(p, s, i, sampled):
+        s = default.step(p, s, i, sampled)
         return s._replace(loss=jnp.where(i == 0, 0, s.loss))
 
     same(walk(p, default, begin, step=without)[1], theirs)
@@ -160,8 +160,8 @@ def test_the_default_divides_large_logits():
     assert (scale > 1).all()
     cold = dataclasses.replace(p, logits_fn=lambda x: hot.logits_fn(x) / scale[:, None])
 
-    def without(p, s, i, drawn):
-        s = attack.step(p, s, i, drawn)
+    def without(p, s, i, sampled):
+        s = attack.step(p, s, i, sampled)
         return s._replace(loss=jnp.where(i == 0, 0, s.loss))
 
     _, ours, seen = walk(hot, attack, begin, step=without)
@@ -197,15 +197,15 @@ def test_square_is_theirs_at_every_query(norm):
     t, p = traces()[f"square-{norm}"], problem(f"square-{norm}", norm)
     queries, n = t["margins"].shape
     square = Square(steps=queries, faithful=True)
-    # What must be drawn so that theirs follows; one place for all examples; the first pass has no proposal.
+    # What must be sampled so that theirs follows; one place for all examples; the first pass has no proposal.
     room = np.asarray(p.images.shape[1:3]) - np.asarray(square.sides(p.images.shape[1:], norm))[1:, None]
     signs, corners = np.where(t["signs"] < 0, 0.25, 0.75), np.repeat(t["corners"][:, None], n, 1)
     places = (corners + 0.5) / np.tile(np.maximum(room, 1), (1, corners.shape[-1] // 2))[:, None]
     lies = np.where(np.repeat(t["upright"][:, None, None], n, 1), 0.25, 0.75) if norm == "l2" else places[..., :0]
-    drawn = np.pad(np.concatenate([signs, places, lies], -1), ((1, 0), (0, 0), (0, 0))).swapaxes(0, 1)
-    drawn = jnp.asarray(drawn, jnp.float32)
+    sampled = np.pad(np.concatenate([signs, places, lies], -1), ((1, 0), (0, 0), (0, 0))).swapaxes(0, 1)
+    sampled = jnp.asarray(sampled, jnp.float32)
     last, every, seen = walk(
-        p, square, square.start(p, jnp.asarray(t["noise"])), drawn, functools.partial(advance, square)
+        p, square, square.start(p, jnp.asarray(t["noise"])), sampled, functools.partial(advance, square)
     )
     np.testing.assert_allclose(every.best[0], t["start"], **TOLERANCE)
     np.testing.assert_allclose(every.margin[0], t["start_margin"], **TOLERANCE)

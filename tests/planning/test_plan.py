@@ -10,7 +10,7 @@ from rst_jax import config as config_lib
 from rst_jax.main import run_command
 from rst_jax.planning.chips import CHIPS
 from rst_jax.planning.hlo import collectives
-from rst_jax.planning.plan import batch_for, make_plan, table
+from rst_jax.planning.plan import batch_for, make_plan, plan_text
 from rst_jax.runtime.mesh import AXIS, make_mesh
 
 
@@ -33,7 +33,7 @@ def test_operations_and_all_reduce_of_resnet18_by_formula():
     assert plan.steps_per_epoch == 175
     hours = one.step * 175 * 160 * 9 / 3600
     assert plan.hours(one) == pytest.approx(hours)
-    assert "all-reduce" in table(plan)
+    assert "all-reduce" in plan_text(plan)
 
 
 def test_the_batch_for_an_efficiency_reaches_it_and_one_row_less_does_not():

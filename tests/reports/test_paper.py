@@ -46,7 +46,7 @@ def test_runs_of_other_seeds_are_one_line_with_mean_and_standard_deviation():
     assert (line.seeds, line.images) == ([0, 1, 2], 10)
     assert line.attack == "PGD-20, linf, eps 8/255, 20 steps of 0.007843, 1 start"
     assert lines[-1].robust == paper.Spread(0.5, None, 1)
-    told = paper.table(lines).splitlines()
+    told = paper.sweep_text(lines).splitlines()
     assert told[2].split()[:6] == ["pattern=row", "ratio-0.1", "100.0", "+-", "0.0", "40.0"]
     assert "50.0  1 " in told[8]
 

@@ -3,7 +3,7 @@ import numpy as np
 
 import rst_jax
 from rst_jax import records
-from rst_jax.reports.report import table, write_report
+from rst_jax.reports.report import report_text, write_report
 from rst_jax.reports.results import Results, read_results
 from rst_jax.runtime import files
 
@@ -20,7 +20,9 @@ def ticket(name, ratio, right, violations=0, selected_on="holdout"):
 
 
 def test_the_table_has_a_row_a_network_and_names_the_attack_in_full():
-    lines = table(Results([ticket("ratio-0.1", 0.1, 5), ticket("dense", 1.0, 6, 2)], None, None, [], None)).splitlines()
+    lines = report_text(
+        Results([ticket("ratio-0.1", 0.1, 5), ticket("dense", 1.0, 6, 2)], None, None, [], None)
+    ).splitlines()
     assert lines[0].split() == ["network", "weights", "kept", "natural", "%", "PGD-20", "%", "best", "epoch"]
     assert lines[2].startswith("ticket, ratio 0.1")
     assert "50.0 [23.7, 76.3]" in lines[2]
@@ -32,7 +34,7 @@ def test_the_table_has_a_row_a_network_and_names_the_attack_in_full():
 
 
 def test_what_was_chosen_on_the_test_images_says_so():
-    assert "chosen on the test images" in table(
+    assert "chosen on the test images" in report_text(
         Results([ticket("ratio-0.1", 0.1, 5, selected_on="test")], None, None, [], None)
     )
 
@@ -41,7 +43,7 @@ def test_what_a_network_is_does_not_hang_on_its_name():
     """Old records, which do not say, tell it by the name."""
     assert (ticket("ratio-0.1", 0.1, 5).kind, ticket("dense", 1.0, 6).kind) == ("scratch", "dense")
     other = records.TicketRecord(**{**vars(ticket("twin", 1.0, 6)), "kind": "dense"})
-    lines = table(Results([other, ticket("ratio-0.1", 0.1, 5)], None, None, [], None)).splitlines()
+    lines = report_text(Results([other, ticket("ratio-0.1", 0.1, 5)], None, None, [], None)).splitlines()
     assert [line[:6] for line in lines[2:4]] == ["dense,", "ticket"]
 
 
