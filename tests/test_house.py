@@ -37,3 +37,13 @@ def test_changelog_names_the_version():
 
     heading = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
     assert heading.split()[1] == __version__
+
+
+def test_files_and_functions_fit_on_a_few_screens():
+    """300 lines a file, 60 a function."""
+    for path in sorted((ROOT / "rst_jax").rglob("*.py")):
+        text = path.read_text()
+        assert text.count("\n") <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"

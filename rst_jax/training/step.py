@@ -196,11 +196,7 @@ def make_train_step(
     Raises:
       ValueError: the devices, or the parts of a device's batch, cannot share it evenly.
     """
-    per_device = rows // mesh.size
-    if per_device * mesh.size != rows or not rows:
-        raise ValueError(f"a batch of {rows} images cannot be split over {mesh.size} devices; take a multiple.")
-    if per_device % settings.accumulate:
-        raise ValueError(f"{per_device} images a device cannot be accumulated in {settings.accumulate} equal parts.")
+    per_device = _per_device(rows, mesh.size, settings.accumulate)
     update, batch_of = make_update(model, optimizer, settings, AXIS), _make_batch(settings, per_device, streamed)
 
     def steps(
@@ -232,6 +228,16 @@ def make_train_step(
     specs = (replicated, PartitionSpec(AXIS) if streamed else replicated, *[replicated] * 5)
     mapped = jax.shard_map(steps, mesh=mesh, in_specs=specs, out_specs=replicated, check_vma=False)
     return jax.jit(mapped, donate_argnums=0)
+
+
+def _per_device(rows: int, devices: int, accumulate: int) -> int:
+    """Images of a batch on each device, checked."""
+    each = rows // devices
+    if each * devices != rows or not rows:
+        raise ValueError(f"a batch of {rows} images cannot be split over {devices} devices; take a multiple.")
+    if each % accumulate:
+        raise ValueError(f"{each} images a device cannot be accumulated in {accumulate} equal parts.")
+    return each
 
 
 def _make_batch(settings: Settings, per_device: int, streamed: bool) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
