@@ -213,20 +213,17 @@ def make_train_step(
         def one(state: TicketState, first: jax.Array) -> tuple[TicketState, dict[str, jax.Array]]:
             return update(state, *batch_of(state, data, order, first, key), selection)
 
+        def body(i: jax.Array, carry: tuple) -> tuple:
+            state, metrics = one(carry[0], first + i * batch_size)
+            return state, jax.tree.map(jnp.add, carry[1], metrics)
+
         if not many:
             return one(state, first)
-
-        def body(i: jax.Array, carry: tuple) -> tuple:
-            state, total = carry
-            state, metrics = one(state, first + i * batch_size)
-            return state, jax.tree.map(jnp.add, total, metrics)
-
         zero = {name: jnp.zeros((), jnp.float32) for name in ("loss", "correct", "count")}
         return lax.fori_loop(0, count, body, (state, zero))
 
-    replicated = PartitionSpec()
-    specs = (replicated, PartitionSpec(AXIS) if streamed else replicated, *[replicated] * 5)
-    mapped = jax.shard_map(steps, mesh=mesh, in_specs=specs, out_specs=replicated, check_vma=False)
+    specs = (PartitionSpec(), PartitionSpec(AXIS) if streamed else PartitionSpec(), *[PartitionSpec()] * 5)
+    mapped = jax.shard_map(steps, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
     return jax.jit(mapped, donate_argnums=0)
 
 
