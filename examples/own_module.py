@@ -77,10 +77,8 @@ def main() -> None:
     random = sample_scores(jax.random.key(9), variables["params"], "element")
     for name, scores in (("ticket", best.state.scores), ("random mask", random)):
         natural, robust = accuracies(scores, best.state.batch_stats, "test")
-        attack = evaluator.attack_record
-        print(
-            f"{name}, ratio {RATIO}: {100 * natural:.1f} % natural, {100 * robust:.1f} % {attack.name} at {attack.eps}"
-        )
+        attack = f"{evaluator.attack_record.name} at eps {evaluator.attack_record.eps}"
+        print(f"{name}, ratio {RATIO}: {100 * natural:.1f} % natural, {100 * robust:.1f} % {attack}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The words of the command, beside `draw`: each a parser and what it does."""
+"""The words of the command: each a parser and what it does."""
