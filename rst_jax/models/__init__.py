@@ -7,7 +7,6 @@ are those of the paper's released code with "_" for ".", so its checkpoints map 
 """
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from rst_jax.config import near
 from rst_jax.models import convnet, resnet, wide_resnet
 
 MODELS: dict[str, partial[Any]] = {
@@ -64,13 +64,13 @@ class ModelSpec:
 
     def __init__(self, name: str, num_classes: int, mean: Sequence[float], std: Sequence[float], **arguments: Any):
         if name not in MODELS:
-            raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}.")
+            hint = near(name, MODELS, "see rst_jax.models.MODELS.")
+            raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}; {hint}")
         family: Any = MODELS[name].func
         known = [field.name for field in dataclasses.fields(family) if field.name not in _OTHERS]
         for argument in arguments:
             if argument not in known:
-                near = difflib.get_close_matches(argument, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}."
+                hint = near(argument, known, f"it takes {', '.join(known)}.")
                 raise ValueError(f"model {name!r} takes no argument {argument!r}; {hint}")
         arguments = {key: _frozen(value) for key, value in arguments.items()}
         fields = {"name": name, "num_classes": num_classes, "mean": tuple(mean), "std": tuple(std)}
