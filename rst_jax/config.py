@@ -283,7 +283,10 @@ def _check_together(c: Config) -> None:
     _need(len(names) == len(c.remaining_ratios), "remaining_ratios", "distinct to six digits", c.remaining_ratios)
     several = "False when several ratios share one set of weights"
     _need(not c.scale_fan or len(c.remaining_ratios) == 1, "scale_fan", several, True, "Draw one ratio a run.")
-    _need(len(set(c.stages)) == len(c.stages) > 0, "stages", "at least one, each once", c.stages)
+    known = typing.get_args(Stage)
+    told = f"some of {', '.join(known)}, in this order"
+    _need(list(c.stages) == [stage for stage in known if stage in c.stages] != [], "stages", told, c.stages)
+    _need((c.threat.lower, c.threat.upper) == (0, 1), "threat.lower and upper", "0 and 1, as images are", c.threat)
     if c.threat.norm == "linf":
         sizes = {"threat.eps": float(c.threat.eps), "attack.step_size": c.attack.step_size}
         for name, value in {**sizes, "evaluate.step_size": c.evaluate.step_size}.items():

@@ -24,6 +24,14 @@ def test_importing_the_package_imports_nothing_heavy():
         rst_jax.nothing  # noqa: B018
 
 
+def test_configs_import_only_ml_collections_and_the_config_that_they_start_from():
+    for path in (ROOT / "configs").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert found <= {"ml_collections", "collections.abc", "configs"}, path.name
+
+
 def test_no_room_needs_tensorflow_or_torch_to_be_imported():
     for path in (ROOT / "rst_jax").rglob("*.py"):
         top = {n.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import) for n in node.names}

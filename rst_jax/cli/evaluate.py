@@ -80,6 +80,8 @@ def _evaluate(o: argparse.Namespace) -> None:
     for name in ("batch_size", "examples", "seed"):
         if (value := getattr(o, name)) < (name == "batch_size"):
             raise ValueError(f"--{name} must be at least {int(name == 'batch_size')}; got {value}.")
+    if o.seed >= 2**32:
+        raise ValueError(f"--seed must be below 2**32; got {o.seed}.")
     images = SplitImages(load_test(o.dataset, o.data_dir, o.data_path, o.examples))
     if (shape := images.split.images.shape[1:]) != tuple(ticket.image_shape):
         raise ValueError(f"the ticket takes images {list(ticket.image_shape)}; {o.dataset} has {list(shape)}.")

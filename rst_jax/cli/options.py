@@ -66,6 +66,8 @@ class Parser(argparse.ArgumentParser):
             raise ValueError(f"there is no option {option}; {near(option, known, f'{self.prog} --help lists them.')}")
         if inside := [known for known in _kinds() if known.startswith(f"{name}.")]:
             raise ValueError(f"config: {name!r} is a section; expected its fields, such as --config.{inside[0]}=VALUE.")
+        if name == "sweep_index":
+            raise ValueError("--config.sweep_index takes a point of a sweep to draw; this word has none.")
         if "sweep_index" in near(name, [*_kinds(), "sweep_index"]):
             raise ValueError(f"config: there is no field {name!r}; did you mean 'sweep_index'?")
         raise ValueError(unknown_field(name))
@@ -86,7 +88,7 @@ def config_file(found: argparse.Namespace) -> ConfigFile:
     Raises:
       ValueError: no file is named, or it cannot be used.
     """
-    if found.config is None:
+    if not found.config:
         raise ValueError("expected --config=FILE, for instance --config=configs/digits.py; --help tells more.")
     given = {name: getattr(found, _FIELD + name) for name in _kinds()}
     return load(found.config, {name: value for name, value in given.items() if value is not None})

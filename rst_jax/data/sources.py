@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rst_jax.config import Config
+from rst_jax.config import Config, near
 from rst_jax.data.catalog import CATALOG
 from rst_jax.data.stream import EncodedImages, streamed_split
 from rst_jax.records import digest
@@ -221,9 +221,10 @@ def _tfds(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
         f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
     )
     if not (data_dir / name).is_dir():
+        hint = "" if name in CATALOG else near(name, [*CATALOG, "npz"]).capitalize()
         raise ValueError(
-            f"config: dataset {name!r} is not prepared in data_dir {data_dir}. Prepare it once with:\n  {prepare}\n"
-            "or take --config.dataset=npz --config.data_path=FILE.npz"
+            f"config: dataset {name!r} is not prepared in data_dir {data_dir}. {hint}{' ' * bool(hint)}Prepare it once "
+            f"with:\n  {prepare}\nor take dataset npz with a data_path."
         )
     import tensorflow_datasets as tfds
     from absl import logging

@@ -165,14 +165,13 @@ def measure(programs: Programs, question: Question, folder: Path | None = None, 
     return card
 
 
-def finished(folder: Path, digest: str) -> CardRecord | None:
-    """The record of the finished card in a folder, if it is of the classifier of that digest; seen alike by all."""
-    record = None
-    if is_main() and (folder / "card.json").exists():
+def finished(folder: Path, digest: str) -> bool:
+    """Whether a folder holds the finished card of the classifier of that digest; seen alike by all processes."""
+    there = False
+    if is_main():
         with contextlib.suppress(ValueError):
-            record = read_json(folder / "card.json", CardRecord)
-    there = record is not None and record.subject_digest == digest
-    return read_json(folder / "card.json", CardRecord) if from_main(np.asarray(there)) else None
+            there = read_json(folder / "card.json", CardRecord).subject_digest == digest
+    return bool(from_main(np.asarray(there)))
 
 
 def replay(logits_fn: Callable[..., Any], folder: str | Path) -> dict[str, tuple[float, int]]:

@@ -1,5 +1,6 @@
 """A run: its workdir, and the parts assembled for it."""
 
+import contextlib
 import dataclasses
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +70,7 @@ class Run:
             missing=dotted({"config": Config().to_dict()}),
             may_change=lambda name: name.startswith("config.") and config.may_change(name.removeprefix("config.")),
             begin=bool({"search", DENSE} & set(config.stages)),
+            start="the stages 'search' and 'dense' begin one",
             about={"provenance": vars(provenance())},
         )
 
@@ -153,8 +155,9 @@ class Run:
         if not self.is_main:
             return
         path = self.workdir / "results" / f"{name}.json"
-        if path.exists() and _same(read_json(path, type(record)), record):
-            return
+        with contextlib.suppress(ValueError):  # none there, or a broken one: it is made again
+            if _same(read_json(path, type(record)), record):
+                return
         write_json(path, record)
 
 

@@ -27,7 +27,9 @@ def search(run: Run) -> None:
         kept = subnet.kept_counts(run.variables["scores"], ratio)
         job = Job(name_of(ratio), Scores(), c.epochs, c.optimizer)
         _draw(run, job, run.variables, kept, "scratch", ratio)
-    save_tickets(run.store.checkpoint, run.variables["params"], run.store.scratch())
+    drawn = run.store.scratch()
+    if run.store.in_checkpoint() != {ticket.name: ticket.digest for ticket in drawn}:
+        save_tickets(run.store.checkpoint, run.variables["params"], drawn)
 
 
 def dense(run: Run) -> None:

@@ -1,8 +1,8 @@
 """Sweeps: many runs of one config file, each an ordinary workdir below the sweep's.
 
 A workdir's lock is the scheduler: the same command on ten machines takes ten free points, looks again at those that
-others hold, and ends when all are finished; should a machine die, its point is free again. Storage that keeps no locks
-between machines needs `--config.sweep_index`, one point a machine.
+others hold, and ends when all are finished; the point of a machine that dies is free again. Without locks between
+machines, `--config.sweep_index` takes one point a machine.
 """
 
 import contextlib
@@ -29,9 +29,8 @@ from rst_jax.runtime.progress import Say, make_say
 from rst_jax.runtime.work import Failed, at_work
 from rst_jax.runtime.workdir import Claim, InUse, dotted, in_use
 
-_LOOK_AGAIN = 3.0  # seconds between two looks at what others hold
+_LOOK_AGAIN, _RESERVED = 3.0, ("results", "report", "sweep.json")  # seconds between two looks at what others hold
 _FINISHED = "finished.json"  # in a point's workdir: the configuration of which all stages are done
-_RESERVED = ("results", "report", "sweep.json")
 _PLACE = ("data_dir", "compilation_cache")  # fields that may differ from machine to machine
 
 
@@ -170,7 +169,8 @@ def _work(sweep: Sweep, taken: list[Point], say: Say) -> None:
                         raise
                     say(f"{point.name}: failed: {error}")
                     failed.append(point.name)
-        if not moved and (waits := ", ".join(p.name for p in left if p.name not in failed)):
+        waited = {p.source if p.source and not _finished(sweep, by_name[p.source]) else p.name for p in left}
+        if not moved and (waits := ", ".join(p.name for p in sweep.points if p.name in waited - set(failed))):
             if waits != told:
                 say(f"waiting for other processes to finish {waits}")
                 told = waits
@@ -185,13 +185,15 @@ def check(sweep: Sweep, taken: list[Point]) -> None:
     """Refuse what cannot be run, before any work: networks, data, ratios, and workdirs of another question."""
     seen = set()
     for point in taken:
-        begun = _told((sweep.folder(point) / "config.json").exists())
+        folder = sweep.folder(point)
+        begun = _told((folder / "config.json").exists())
+        Claim(folder, "config.json", {}, f"workdir {folder}", "run", "--workdir").refuse_foreign()
         parts = dataclasses.replace(point.config, seed=0, attack=Config.attack, optimizer=Config.optimizer)
         if (parts in seen and not begun) or _finished(sweep, point):
             continue
         seen.add(parts)
         try:
-            run = Run(point.config, sweep.folder(point), make_say(False))
+            run = Run(point.config, folder, make_say(False))
             run.check_init()
             if begun or not run.claim.begin:
                 with contextlib.ExitStack() as held:
@@ -253,7 +255,8 @@ def _finished(sweep: Sweep, point: Point) -> bool:
     """Whether all stages are done of this very configuration (fields of later versions taken at their defaults)."""
     try:
         found = json.loads((sweep.folder(point) / _FINISHED).read_text())
-        same = {**dotted(Config().to_dict()), **found} == {**dotted(Config().to_dict()), **_asked(point)}
+        usual = json.loads(json.dumps(dotted(Config().to_dict())))
+        same = {**usual, **found} == {**usual, **_asked(point)}
     except (OSError, ValueError, TypeError):
         same = False
     return _told(same)

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import math
-import os
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,7 +119,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    """A name that no other process takes, on any machine."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

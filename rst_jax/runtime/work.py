@@ -49,6 +49,8 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
       Lost: they could not be joined.
     """
     if coordinator is None:
+        if num_processes is not None or process_id is not None:
+            raise ValueError("--num_processes and --process_id need --coordinator=HOST:PORT.")
         return
     where = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     if coordinator == "auto":

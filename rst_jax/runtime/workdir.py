@@ -25,7 +25,7 @@ class Claim:
       called: what messages call the folder. holds: what such a folder holds ("run"). instead: what else to take.
       missing: by dotted name, what stands for fields that the record does not know, since an older version wrote it.
       may_change: whether a (dotted) field may differ from the record.
-      begin: it may begin here; otherwise there must be a record, which is left as it is.
+      begin: it may begin here; otherwise there must be a record, which is left as it is. start: what begins one.
       about: plain values that are written beside the question and never compared.
     """
 
@@ -38,6 +38,7 @@ class Claim:
     missing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     may_change: Callable[[str], bool] = lambda name: False
     begin: bool = True
+    start: str = ""
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -55,9 +56,9 @@ class Claim:
 
     def _take(self, held: contextlib.ExitStack) -> None:
         path = self.folder / self.record
-        self._refuse_foreign(path)
+        self.refuse_foreign()
         if not self.begin and not path.exists():
-            raise ValueError(f"{self.called} holds no {self.holds} yet.")
+            raise ValueError(f"{self.called} holds no {self.holds} yet; {self.start}.")
         self._lock(held)
         now, missing = json.loads(json.dumps([self.question, self.missing]))
         before = self._read(path)
@@ -66,7 +67,13 @@ class Claim:
         if self.begin and (before is None or any(before.get(name) != value for name, value in now.items())):
             write_json(path, {**now, **self.about})
 
-    def _refuse_foreign(self, record: Path) -> None:
+    def refuse_foreign(self) -> None:
+        """See that the folder is new, empty or one of ours.
+
+        Raises:
+          ValueError: it is a file, or holds other files.
+        """
+        record = self.folder / self.record
         if self.folder.is_file():
             raise ValueError(f"{self.called} is a file; take a folder.")
         if self.folder.exists() and not record.exists() and any(p.name[0] != "." for p in self.folder.iterdir()):

@@ -3,6 +3,7 @@
 Orbax writes to a temporary name and renames, so a kill leaves the checkpoint before.
 """
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Sequence
@@ -57,8 +58,15 @@ class TicketStore:
 
     def scratch(self) -> list[Ticket]:
         """Every ticket here whose weights nobody trained, by name."""
-        found = [self.load(path.stem) for path in sorted(self.folder.glob("*.ticket"))]
+        names = [path.stem for path in sorted(self.folder.glob("*.ticket"))]
+        found = [ticket for name in names if (ticket := self.load(name)).name == name]  # no file that strayed here
         return [ticket for ticket in found if ticket.kind == "scratch"]
+
+    def in_checkpoint(self) -> dict[str, str]:
+        """Of each ticket in the checkpoint its name and digest; nothing where there is none that can be read."""
+        with contextlib.suppress(ValueError):
+            return {ticket.name: ticket.digest for ticket in restore_tickets(self.checkpoint)}
+        return {}
 
 
 def save_tickets(directory: Path, params: PyTree, tickets: Sequence[Ticket]) -> None:
@@ -108,7 +116,7 @@ def restore_tickets(directory: Path) -> list[Ticket]:
       ValueError: there is no such checkpoint, or it cannot be read.
     """
     if not directory.is_dir():
-        raise ValueError(f"{directory}: there is no checkpoint of tickets; draw some first.")
+        raise ValueError(f"{directory}: there is no checkpoint of tickets; the stage 'search' writes it.")
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(

@@ -1,8 +1,7 @@
-"""Orbax checkpoints: the latest and the best state of each run, and the tickets of all ratios in one.
+"""Orbax checkpoints of training: the latest and the best state of each network.
 
-Layout below `checkpoints/`: `<run>/latest/<step>`, `<run>/best/<step>`, and `tickets/` with the frozen weights
-and, for each ratio, packed masks and batch statistics. Orbax writes to a temporary name and renames, so a
-kill leaves the checkpoint before.
+Layout below `checkpoints/`: `<network>/latest/<step>` and `<network>/best/<step>`. Orbax writes to a temporary name and
+renames, so a kill leaves the checkpoint before.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run says while it works: JSON lines, TensorBoard events, a progress bar.
+"""What a run keeps of its training: JSON lines and TensorBoard events.
 
 Training metrics are sums over examples (loss, correct, count), so that they add up over steps and devices.
 """
