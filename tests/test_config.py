@@ -68,6 +68,10 @@ def test_round_trip():
         ({"dataset": "npz"}, ["data_path", "--config.data_path"]),
         ({"scale_fan": True}, ["scale_fan", "one ratio"]),
         ({"threat": 3}, ["section", "threat"]),
+        ({"threat__lower": 0.5}, ["threat.lower", "0 and 1"]),
+        ({"stages": ("report", "search")}, ["stages", "in this order"]),
+        ({"stages": ("search", "search")}, ["stages", "in this order"]),
+        ({"stages": ()}, ["stages", "some of search, dense"]),
     ],
 )
 def test_what_is_not_right_is_told_in_a_sentence(fields, words):

@@ -215,12 +215,14 @@ def test_its_minutes_over_it_stops_saved_and_goes_on(environment, tmp_path):
 @pytest.mark.slow
 def test_what_is_finished_is_not_searched_again(finished, environment):
     workdir = finished[0]
-    before = {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*/latest/*")}
+    kept = [workdir / "results" / "gallery.npz", *(workdir / "checkpoints" / "tickets").rglob("*")]
+    kept += [*(workdir / "checkpoints").rglob("*/latest/*"), *(workdir / "results").glob("*.json")]
+    before = {p: p.stat().st_mtime_ns for p in kept}
     lines = (workdir / "metrics.jsonl").read_bytes()
     done = subprocess.run(command(workdir), env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.count("already drawn") == 3
-    assert {p: p.stat().st_mtime_ns for p in (workdir / "checkpoints").rglob("*/latest/*")} == before
+    assert {p: p.stat().st_mtime_ns for p in kept} == before
     assert (workdir / "metrics.jsonl").read_bytes() == lines
     assert table_of(done.stdout) == table_of(finished[1])
 
@@ -295,6 +297,9 @@ def test_another_configuration_on_the_workdir_is_refused(finished, capsys, monke
             "multiple of the 4 devices",
         ),
         (["--config=configs/digits.py", "--coordinator=localhost:1"], "--num_processes"),
+        (["--config=configs/digits.py", "--num_processes=2", "--process_id=0"], "need --coordinator"),
+        (["--config=configs/digits.py", "--config.dataset=digts"], "Did you mean 'digits'?"),
+        (["--config="], "expected --config=FILE"),
         (["--config=configs/digits.py", "--config.compute_dtype=float64"], "JAX_ENABLE_X64"),
     ],
 )

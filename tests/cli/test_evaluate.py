@@ -60,6 +60,7 @@ def test_a_ticket_is_evaluated_shown_and_replayed(tmp_path, capsys):
         ((TICKET, *DIGITS, "--attacks", "pgd20"), "did you mean 'pgd-20'?"),
         ((TICKET, *DIGITS, "--examples", "few"), "expected a whole number; got 'few'"),
         ((TICKET, *DIGITS, "--norm", "l1"), "invalid choice: 'l1'"),
+        ((TICKET, *DIGITS, "--seed", "4294967296"), "--seed must be below 2**32"),
         ((TICKET, *DIGITS, "--batch_size", "0"), "--batch_size must be at least 1"),
         ((TICKET, "--dataset", "npz", "--data_path", "no.npz", "--eps", "0.1"), "there is none at no.npz"),
         ((TICKET, "--dataset", "digits", "--replay", "nowhere"), "there are no adversarial images"),

@@ -46,6 +46,29 @@ def test_a_group_is_what_differs_beside_seed_and_ratio():
     assert sweep.expand([("a", {"seed": 1})], make)[0].group == "all"
 
 
+@pytest.mark.parametrize("name", ["optimizer.boundaries", "stages", "threat.eps", "bn_sync"])
+def test_a_point_that_an_earlier_version_finished_stays_finished(name, tmp_path):
+    """Each field in turn is one that a later version has added, at its default."""
+    points = sweep.expand([("a", {})], make)
+    whole = sweep.Sweep("s", tmp_path, points, None)
+    asked = sweep._asked(points[0])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "finished.json").write_text(json.dumps({n: v for n, v in asked.items() if n != name}))
+    assert sweep._finished(whole, points[0])
+    (tmp_path / "a" / "finished.json").write_text(json.dumps(asked | {"epochs": 7}))
+    assert not sweep._finished(whole, points[0])
+
+
+def test_a_folder_of_something_else_below_the_sweeps_is_found_before_any_work(tmp_path):
+    small = {"model": "conv2", "holdout": 100}
+    points = sweep.expand([("a", small), ("b", {**small, "seed": 1})], make)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="b holds other files and no run"):
+        sweep.check(sweep.Sweep("s", tmp_path, points, None), points)
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
 @pytest.mark.parametrize(
     ("pairs", "words"),
     [
@@ -147,7 +170,7 @@ def test_a_point_waits_for_its_source_which_another_process_draws(tmp_path, draw
     sweep.work(made, made.points)
     assert looks == [["c"], ["c"]]
     assert drawn == ["c", "b"]
-    assert capsys.readouterr().out.count("waiting for other processes to finish a, b") == 1
+    assert capsys.readouterr().out.count("waiting for other processes to finish a\n") == 1
 
 
 def test_a_point_of_a_process_that_died_is_taken_over(tmp_path, drawn, monkeypatch):
