@@ -140,11 +140,15 @@ def write(
     )
     first = measured[0].record
     notes = [
-        f"{first.dataset}, {first.model}, {first.precision}; mean +- standard deviation over n runs of other seeds.",
+        f"{first.dataset}, {first.model}, {first.precision}; mean \N{PLUS-MINUS SIGN} standard deviation over n runs of other seeds.",
         "PGD alone overestimates robustness.",
     ]
     page = folder / "report" / "index.html"
-    write_text(page, render(f"Sweep: {name}", *_rows(lines), notes, pictures, f"{made}."))
+    header, rows = _rows(lines)
+    spread = [
+        [cell.replace(" +- ", "\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}") for cell in r] for r in rows
+    ]
+    write_text(page, render(f"Sweep: {name}", header, spread, notes, pictures, f"{made}."))
     return page
 
 
