@@ -140,7 +140,7 @@ def write(
     )
     first = measured[0].record
     notes = [
-        f"{first.dataset}, {first.model}, {first.precision}; mean \N{PLUS-MINUS SIGN} standard deviation over n runs of other seeds.",
+        f"{first.dataset}, {first.model}, {first.precision}; mean and standard deviation over n runs of other seeds.",
         "PGD alone overestimates robustness.",
     ]
     page = folder / "report" / "index.html"
