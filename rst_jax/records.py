@@ -114,12 +114,12 @@ class TransferRecord:
 
 @dataclasses.dataclass(frozen=True)
 class R2SRecord:
-    """Random switching between tickets, exact by enumeration of the draws.
+    """Random switching between tickets, exact by enumeration of the picks.
 
     Attributes:
-      switching: what one draw covers.
+      switching: what one pick covers.
       natural: expected accuracy on clean images.
-      transfer_only: expected accuracy when the adversary attacks one ticket drawn like the defender's (the
+      transfer_only: expected accuracy when the adversary attacks one ticket picked like the defender's (the
         paper's figure); it overstates the defence.
       worst_of_pool: for each example the adversarial image, among those made against each ticket, with the
         lowest expected accuracy; an upper bound on what a stronger adversary leaves.

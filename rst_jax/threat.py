@@ -30,10 +30,10 @@ def pixels(x: Shaped[Array, "n ..."]) -> tuple[int, ...]:
     return tuple(range(1, x.ndim))
 
 
-def ball(sampled: Float[Array, "n draws"], like: Images) -> Images:
-    """Uniform points of the unit L2 ball, [N, ...], of normal draws [N, pixels + 2].
+def ball(sampled: Float[Array, "n numbers"], like: Images) -> Images:
+    """Uniform points of the unit L2 ball, [N, ...], of normal samples [N, pixels + 2].
 
-    Over their norm the draws are uniform on a sphere, and so is in the ball what is left of it without two coordinates.
+    Over their norm the samples are uniform on a sphere, and so is in the ball what is left of it without two coordinates.
     """
     return (sampled[:, :-2] / per_example(l2_norm(sampled), sampled)).reshape(like.shape)
 
@@ -63,7 +63,7 @@ class ThreatModel:
             raise ValueError(f"eps must be at least 0; got {self.eps}.")
 
     def noise(self, keys: Key[jax.Array, " n"], images: Images) -> Images:
-        """A uniform draw from the ball for each image, from its own key: [N, ...] for keys [N]."""
+        """A uniform sample from the ball for each image, from its own key: [N, ...] for keys [N]."""
         shape, dtype = images.shape[1:], images.dtype
         if self.norm == "linf":
             return jax.vmap(lambda k: jax.random.uniform(k, shape, dtype, -self.eps, self.eps))(keys)

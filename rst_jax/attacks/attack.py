@@ -107,7 +107,7 @@ class Attack:
 
     @property
     def stream(self) -> str:
-        """What its random draws follow from, with the key, the round and the example's id: attacks differ in it."""
+        """What its random samples follow from, with the key, the round and the example's id: attacks differ in it."""
         return self.name
 
     @property
@@ -145,7 +145,7 @@ class Attack:
         return self
 
     def sample(self, p: Problem) -> tuple[Any, Any]:
-        """Random draws on the host: arrays [N, ...] for the start, and for the steps [N, passes, ...].
+        """Random samples on the host: arrays [N, ...] for the start, and for the steps [N, passes, ...].
 
         What would be more than some numbers a step is sampled in the step, from `step_keys`.
         """
@@ -194,22 +194,22 @@ def step_keys(p: Problem, i: jax.Array | int) -> jax.Array:
 
 
 def uniform(keys: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Draws from [0, 1), float32 [N, *shape], each example's from its own key, uint32 [N, 2]."""
-    return _draws(keys, shape, lambda rng: rng.random)
+    """Samples from [0, 1), float32 [N, *shape], each example's from its own key, uint32 [N, 2]."""
+    return _samples(keys, shape, lambda rng: rng.random)
 
 
 def normal(keys: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """As `uniform`, of the normal distribution."""
-    return _draws(keys, shape, lambda rng: rng.standard_normal)
+    return _samples(keys, shape, lambda rng: rng.standard_normal)
 
 
-def _draws(keys: np.ndarray, shape: tuple[int, ...], kind: Callable[[np.random.Generator], Any]) -> np.ndarray:
+def _samples(keys: np.ndarray, shape: tuple[int, ...], kind: Callable[[np.random.Generator], Any]) -> np.ndarray:
     """Of one generator, which for every example begins a stream of its own."""
     stream = np.random.Philox(key=0)
-    draw, begin = kind(np.random.Generator(stream)), stream.state
+    fill, begin = kind(np.random.Generator(stream)), stream.state
     sampled = np.empty((len(keys), *shape), np.float32)
     for words, row in zip(keys, sampled, strict=True):
         begin["state"]["key"] = words.astype(np.uint64)
         stream.state = begin
-        draw(dtype=np.float32, out=row)
+        fill(dtype=np.float32, out=row)
     return sampled

@@ -9,14 +9,14 @@ from rst_jax.attacks.attack import Attack, Found, Problem, step_keys
 
 
 class NoiseState(NamedTuple):
-    """What the draws have found."""
+    """What the samples have found."""
 
     found: Found
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise(Attack):
-    """Uniform draws from the ball.
+    """Uniform samples from the ball.
 
     Attributes:
       draws: so many.
@@ -29,7 +29,7 @@ class Noise(Attack):
 
     @property
     def passes(self) -> int:
-        """The draws."""
+        """The samples."""
         return self.draws
 
     def start(self, p: Problem, sampled: Any = ()) -> NoiseState:

@@ -58,7 +58,7 @@ class Square(Attack):
         return found
 
     def sample(self, p: Problem) -> tuple[np.ndarray, np.ndarray]:
-        """A pattern of the whole image; for each step uniform draws: signs, places and, under L2, a way to lie."""
+        """A pattern of the whole image; for each step uniform samples: signs, places and, under L2, a way to lie."""
         h, w, c = p.images.shape[1:]
         l2 = p.threat.norm == "l2"
         count, values = (math.prod(_tiling(h, w)), c + 5) if l2 else (w, c + 2)
@@ -131,7 +131,7 @@ def _exchanged(
 
 
 def _signs(u: Array) -> Array:
-    """-1 or 1, evenly, of uniform draws from [0, 1)."""
+    """-1 or 1, evenly, of uniform samples from [0, 1)."""
     xp = u.__array_namespace__()
     return xp.where(u < 0.5, xp.int8(-1), xp.int8(1))
 

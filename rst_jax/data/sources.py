@@ -108,7 +108,7 @@ class Dataset:
 def load_dataset(config: Config) -> Dataset:
     """The dataset that the configuration names.
 
-    The held-out images are a fixed subset of the training images: those whose draws from a Philox stream of
+    The held-out images are a fixed subset of the training images: those whose numbers from a Philox stream of
     key 0 are the smallest `holdout`.
 
     Raises:

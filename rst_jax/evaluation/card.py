@@ -107,14 +107,14 @@ def evaluate(
         array for an array of places, and is asked for a batch at a time. labels: integers [n].
       threat_model: norm, eps, box.
       attacks: "autoattack", "full", or names of `suites.ATTACKS`, each of which makes a cascade; or attacks themselves.
-      key: of all random draws, as `jax.random.key` makes them; `jax.random.key(0)` if not given.
+      key: of all random samples, as `jax.random.key` makes them; `jax.random.key(0)` if not given.
       batch_size: examples a program takes at most. Results do not hang on it.
       faithful: keep the published attacks' quirks, for comparison with them.
       eps_l2: of the L2 cascades of "full".
       folder: where the card goes. Called again with the same arguments after a kill, the evaluation goes on from the
         last finished batch.
       keep_images: also keep all adversarial images, in the folder or, without one, in the evidence.
-      ids: the examples' identities, different integers [n] that fit 32 bits; random draws follow from them. Their place
+      ids: the examples' identities, different integers [n] that fit 32 bits; random samples follow from them. Their place
         if not given.
       subject, dataset: names for the card.
 

@@ -31,7 +31,7 @@ class Question:
       examples: with what.
       threat: norm, eps, box.
       suite: by what, in which mode.
-      key: of all random draws, key data uint32 [2].
+      key: of all random samples, key data uint32 [2].
       dataset: the card's name of the images.
       behaviour: what tells the classifier from others: a digest of its program, and its logits on noise.
     """
@@ -168,7 +168,7 @@ def check_given(some: np.ndarray, n: int, labels: np.ndarray, ids: np.ndarray, t
         if values.shape != (n,) or not np.issubdtype(values.dtype, np.integer):
             raise ValueError(f"{name} must be integers [{n}], one an image; got {values.dtype} {list(values.shape)}.")
     if len(np.unique(ids)) < n or not (ids.min() >= -(2**31) and ids.max() < 2**31):
-        raise ValueError("ids must be different integers of 32 bits, since random draws follow from them.")
+        raise ValueError("ids must be different integers of 32 bits, since random samples follow from them.")
     reach = (threat.upper - threat.lower) * (1 if threat.norm == "linf" else some[0].size ** 0.5)
     if not float(threat.eps) <= reach:
         raise ValueError(
