@@ -33,7 +33,8 @@ def pixels(x: Shaped[Array, "n ..."]) -> tuple[int, ...]:
 def ball(sampled: Float[Array, "n numbers"], like: Images) -> Images:
     """Uniform points of the unit L2 ball, [N, ...], of normal samples [N, pixels + 2].
 
-    Over their norm the samples are uniform on a sphere, and so is in the ball what is left of it without two coordinates.
+    Over their norm the samples are uniform on a sphere, and so is in the ball what is left of it without two
+    coordinates.
     """
     return (sampled[:, :-2] / per_example(l2_norm(sampled), sampled)).reshape(like.shape)
 

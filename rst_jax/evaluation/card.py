@@ -114,8 +114,8 @@ def evaluate(
       folder: where the card goes. Called again with the same arguments after a kill, the evaluation goes on from the
         last finished batch.
       keep_images: also keep all adversarial images, in the folder or, without one, in the evidence.
-      ids: the examples' identities, different integers [n] that fit 32 bits; random samples follow from them. Their place
-        if not given.
+      ids: the examples' identities, different integers [n] that fit 32 bits; random samples follow from them. Their
+        place if not given.
       subject, dataset: names for the card.
 
     Raises:
