@@ -7,17 +7,17 @@ a key of its own, folded from its path, so a layer's weights do not depend on th
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from rst_jax.config import Pattern
 from rst_jax.subnet import is_kernel, score_structs
 
-Sampler = Callable[[jax.Array, tuple[int, ...], float, Any], jax.Array]
+Sampler = Callable[[jax.Array, tuple[int, ...], float, DTypeLike], jax.Array]
 _GAIN = math.sqrt(2.0)
 
 
@@ -26,23 +26,23 @@ def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
     return window * shape[-2], window * shape[-1]
 
 
-def signed_kaiming_constant(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: Any) -> jax.Array:
+def signed_kaiming_constant(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: DTypeLike) -> jax.Array:
     """+-sqrt(2 / fan_in), the sign at random (Ramanujan et al., 2020); the paper's default."""
     std = _GAIN / math.sqrt(_fans(shape)[0] * fan_scale)
     return std * jax.random.rademacher(key, shape, dtype)
 
 
-def unsigned_constant(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: Any) -> jax.Array:
+def unsigned_constant(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: DTypeLike) -> jax.Array:
     """sqrt(2 / fan_in) everywhere."""
     return jnp.full(shape, _GAIN / math.sqrt(_fans(shape)[0] * fan_scale), dtype)
 
 
-def kaiming_normal(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: Any) -> jax.Array:
+def kaiming_normal(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: DTypeLike) -> jax.Array:
     """N(0, 2 / fan_in) (He et al., 2015)."""
     return _GAIN / math.sqrt(_fans(shape)[0] * fan_scale) * jax.random.normal(key, shape, dtype)
 
 
-def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: Any) -> jax.Array:
+def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: DTypeLike) -> jax.Array:
     """U(+-sqrt(6 / fan_in)) (He et al., 2015)."""
     bound = _GAIN * math.sqrt(3 / (_fans(shape)[0] * fan_scale))
     return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -52,17 +52,17 @@ def _xavier_std(shape: tuple[int, ...], fan_scale: float) -> float:
     return math.sqrt(2 / (sum(_fans(shape)) * fan_scale))
 
 
-def xavier_normal(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: Any) -> jax.Array:
+def xavier_normal(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: DTypeLike) -> jax.Array:
     """N(0, 2 / (fan_in + fan_out)) (Glorot and Bengio, 2010)."""
     return _xavier_std(shape, fan_scale) * jax.random.normal(key, shape, dtype)
 
 
-def xavier_constant(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: Any) -> jax.Array:
+def xavier_constant(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: DTypeLike) -> jax.Array:
     """+-sqrt(2 / (fan_in + fan_out)), the sign at random."""
     return _xavier_std(shape, fan_scale) * jax.random.rademacher(key, shape, dtype)
 
 
-def torch_default(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: Any) -> jax.Array:
+def torch_default(key: jax.Array, shape: tuple[int, ...], fan_scale: float, dtype: DTypeLike) -> jax.Array:
     """U(+-1 / sqrt(fan_in)), what PyTorch's layers start from."""
     bound = 1 / math.sqrt(_fans(shape)[0] * fan_scale)
     return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -98,7 +98,7 @@ def sample_weights(key: jax.Array, params: PyTree, name: str, fan_scale: float =
     if name not in WEIGHTS:
         raise ValueError(f"weight_init must be one of {', '.join(WEIGHTS)}; got {name!r}.")
 
-    def sample(path: tuple, leaf: Any) -> Any:
+    def sample(path: tuple, leaf: PyTree) -> PyTree:
         if not is_kernel(path, leaf):
             return leaf
         return WEIGHTS[name](_layer_key(key, path), tuple(leaf.shape), fan_scale, leaf.dtype)
@@ -106,7 +106,7 @@ def sample_weights(key: jax.Array, params: PyTree, name: str, fan_scale: float =
     return jax.tree_util.tree_map_with_path(sample, params)
 
 
-def sample_scores(key: jax.Array, params: PyTree, pattern: Pattern, dtype: Any = jnp.float32) -> PyTree:
+def sample_scores(key: jax.Array, params: PyTree, pattern: Pattern, dtype: DTypeLike = jnp.float32) -> PyTree:
     """Scores of every kernel: U(+-1/sqrt(fan)), the fan that of the score's own shape; filter: N(0, 1).
 
     The fan of an element is in * height * width, of a row in * height, of a kernel in (paper's released code).

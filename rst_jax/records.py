@@ -13,11 +13,12 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import msgspec
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax.runtime.files import Pieces
 from rst_jax.version import __version__
@@ -274,7 +275,7 @@ def accuracy(correct: np.ndarray) -> Accuracy:
     return Accuracy(p, min(low, p), max(high, p), n)  # rounding may leave 0 and 1 just outside
 
 
-def digest(*trees: Any) -> str:
+def digest(*trees: PyTree) -> str:
     """SHA-256 over the paths, shapes, types and bytes of the arrays, or of `Pieces`, read one after the other."""
     sum_ = hashlib.sha256()
     for tree in trees:

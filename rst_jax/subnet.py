@@ -5,19 +5,19 @@ with one leaf for each kernel (a leaf named "kernel" of two or more axes, channe
 score's shape is the kernel's with the axes that share it reduced to 1, so that masks broadcast.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, PyTree
 
 from rst_jax.config import Pattern
 
 
-def is_kernel(path: tuple, leaf: Any) -> bool:
+def is_kernel(path: tuple, leaf: PyTree) -> bool:
     """Whether a parameter leaf is searched: named "kernel" and of two or more axes."""
     return getattr(path[-1], "key", None) == "kernel" and len(leaf.shape) >= 2
 
@@ -54,7 +54,7 @@ def kept_counts(scores: PyTree, remaining_ratio: float) -> PyTree:
     if not 0 < remaining_ratio <= 1:
         raise ValueError(f"remaining ratio must be in (0, 1]; got {remaining_ratio}.")
 
-    def count(path: tuple, leaf: Any) -> np.ndarray:
+    def count(path: tuple, leaf: PyTree) -> np.ndarray:
         kept = kept_count(leaf.size, remaining_ratio)
         if kept < 1:
             raise ValueError(
@@ -167,7 +167,7 @@ def apply_masks(params: PyTree, fixed: PyTree) -> PyTree:
     return _at_kernels(lambda weight, mask: weight * mask.astype(weight.dtype), params, fixed)
 
 
-def _at_kernels(combine: Any, params: PyTree, *trees: PyTree) -> PyTree:
+def _at_kernels(combine: Callable[..., jax.Array], params: PyTree, *trees: PyTree) -> PyTree:
     if not isinstance(params, dict):
         return combine(params, *trees)
     return {
@@ -211,6 +211,6 @@ def kernels(params: PyTree) -> PyTree:
     return found
 
 
-def score_structs(params: PyTree, pattern: Pattern, dtype: Any = jnp.float32) -> PyTree:
+def score_structs(params: PyTree, pattern: Pattern, dtype: DTypeLike = jnp.float32) -> PyTree:
     """ShapeDtypeStructs of the scores of every kernel in `params`."""
     return jax.tree.map(lambda k: jax.ShapeDtypeStruct(score_shape(k.shape, pattern), dtype), kernels(params))

@@ -7,11 +7,12 @@ one, or if neither the step nor the best loss has changed since (their condition
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent, normal, uniform
 from rst_jax.losses import cross_entropy, dlr, margin, targeted_dlr
@@ -132,7 +133,7 @@ class APGD(Attack):
             size=zeros + 2 * p.threat.eps,
         )
 
-    def step(self, p: Problem, s: APGDState, i: jax.Array, sampled: Any = ()) -> APGDState:
+    def step(self, p: Problem, s: APGDState, i: jax.Array, sampled: PyTree = ()) -> APGDState:
         """Look; at a checkpoint, judge the step size; take a step with momentum."""
         losses, logits, gradient = ascent(p, s.x, lambda z: self._losses(p, z))
         better = losses > s.best_loss

@@ -9,12 +9,13 @@ Each step looks at an image, then says where to look next; the network is in no 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import PyTree
 
 from rst_jax.losses import correct, margin
 from rst_jax.threat import Array, ThreatModel, per_example, pixels
@@ -144,23 +145,23 @@ class Attack:
         """Attacks that are the same program, given their problems, have the same."""
         return self
 
-    def sample(self, p: Problem) -> tuple[Any, Any]:
+    def sample(self, p: Problem) -> tuple[PyTree, PyTree]:
         """Random samples on the host: arrays [N, ...] for the start, and for the steps [N, passes, ...].
 
         What would be more than some numbers a step is sampled in the step, from `step_keys`.
         """
         return (), ()
 
-    def start(self, p: Problem, sampled: Any) -> Any:
+    def start(self, p: Problem, sampled: PyTree) -> PyTree:
         """The state before the first step, on the host: without a pass through the network."""
         raise NotImplementedError
 
-    def step(self, p: Problem, s: Any, i: jax.Array, sampled: Any) -> Any:
+    def step(self, p: Problem, s: PyTree, i: jax.Array, sampled: PyTree) -> PyTree:
         """The state after step i, counted from 0, with its part [N, ...] of what was sampled."""
         raise NotImplementedError
 
 
-def advance(attack: Attack, p: Problem, state: Any, i: jax.Array, sampled: Any) -> Any:
+def advance(attack: Attack, p: Problem, state: PyTree, i: jax.Array, sampled: PyTree) -> PyTree:
     """One step, in which broken examples rest if the attack lets them; `sampled` is for all steps."""
     now = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, axis=1, keepdims=False), sampled)
     after = attack.step(p, state, i, now)
@@ -203,7 +204,7 @@ def normal(keys: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return _samples(keys, shape, lambda rng: rng.standard_normal)
 
 
-def _samples(keys: np.ndarray, shape: tuple[int, ...], kind: Callable[[np.random.Generator], Any]) -> np.ndarray:
+def _samples(keys: np.ndarray, shape: tuple[int, ...], kind: Callable[[np.random.Generator], Callable]) -> np.ndarray:
     """Of one generator, which for every example begins a stream of its own."""
     stream = np.random.Philox(key=0)
     fill, begin = kind(np.random.Generator(stream)), stream.state

@@ -9,11 +9,12 @@ v+ = tanh(artanh(v) + r estimate). The image then takes a projected step along v
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, step_keys
 from rst_jax.losses import cross_entropy
@@ -60,13 +61,13 @@ class Bandits(Attack):
         """The steps."""
         return self.steps
 
-    def start(self, p: Problem, sampled: Any = ()) -> BanditsState:
+    def start(self, p: Problem, sampled: PyTree = ()) -> BanditsState:
         """Begin at the clean image, with a prior of zero."""
         n, h, w, c = p.images.shape
         prior = np.zeros((n, -(-h // self.tile), -(-w // self.tile), c), p.images.dtype)
         return BanditsState(Found.clean(p), p.images, prior)
 
-    def step(self, p: Problem, s: BanditsState, i: jax.Array, sampled: Any = ()) -> BanditsState:
+    def step(self, p: Problem, s: BanditsState, i: jax.Array, sampled: PyTree = ()) -> BanditsState:
         """Estimate, update the prior, move, look."""
         rough = p.threat.norm == "linf"
         exploration = (1.0 if rough else 0.01) if self.exploration is None else self.exploration

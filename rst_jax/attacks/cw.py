@@ -6,11 +6,12 @@ failed after a success; after a failure ten times as large, or halfway up to the
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import correct, margin
@@ -65,7 +66,7 @@ class CWL2(Attack):
         """Iterations of all searches."""
         return self.iterations * self.searches
 
-    def start(self, p: Problem, sampled: Any = ()) -> CWState:
+    def start(self, p: Problem, sampled: PyTree = ()) -> CWState:
         """Begin at the clean image; where that is misclassified, nothing is closer."""
         found = Found.clean(p)
         zeros, n = np.zeros_like(p.images), np.zeros(p.labels.shape, p.images.dtype)
@@ -82,7 +83,7 @@ class CWL2(Attack):
             reached=np.zeros(n.shape, bool),
         )
 
-    def step(self, p: Problem, s: CWState, i: jax.Array, sampled: Any = ()) -> CWState:
+    def step(self, p: Problem, s: CWState, i: jax.Array, sampled: PyTree = ()) -> CWState:
         """Look at the image at w, then move w; first, where a search step begins, choose c and go back."""
         s = self._searched(p, s, i)
         x = _image(p.threat, s.w)

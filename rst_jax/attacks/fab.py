@@ -5,12 +5,13 @@ between the two (overshooting by eta), and steps back towards the clean image by
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import at, correct
@@ -62,12 +63,12 @@ class FAB(Attack):
         """The steps; each looks at where it stands and at where it goes."""
         return self.steps
 
-    def start(self, p: Problem, sampled: Any = ()) -> FABState:
+    def start(self, p: Problem, sampled: PyTree = ()) -> FABState:
         """Begin at the clean image."""
         found = Found.clean(p)
         return FABState(found, p.images, np.where(found.broken, 0, np.inf).astype(p.images.dtype))
 
-    def step(self, p: Problem, s: FABState, i: jax.Array, sampled: Any = ()) -> FABState:
+    def step(self, p: Problem, s: FABState, i: jax.Array, sampled: PyTree = ()) -> FABState:
         """Linearise, project, mix, look, step back."""
         difference, gradient = self._boundary(p, s.x)
         offset = jnp.sum(gradient * s.x, axis=pixels(s.x)) - difference

@@ -4,11 +4,12 @@ The gradient is divided by its mean absolute value, so that early and late steps
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import cross_entropy
@@ -38,11 +39,11 @@ class MIM(Attack):
     rounds = 1
     name = "MIM"
 
-    def start(self, p: Problem, sampled: Any = ()) -> MIMState:
+    def start(self, p: Problem, sampled: PyTree = ()) -> MIMState:
         """Begin at the clean image."""
         return MIMState(Found.clean(p), p.images, np.zeros_like(p.images))
 
-    def step(self, p: Problem, s: MIMState, i: jax.Array, sampled: Any = ()) -> MIMState:
+    def step(self, p: Problem, s: MIMState, i: jax.Array, sampled: PyTree = ()) -> MIMState:
         """Look, gather the gradient, and take a projected step along what is gathered."""
         _, logits, gradient = ascent(p, s.x, lambda z: cross_entropy(z, p.labels))
         mean = jnp.mean(abs(gradient), axis=pixels(gradient))

@@ -1,9 +1,10 @@
 """Uniform noise from the ball: the baseline that every attack must beat."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, step_keys
 
@@ -32,11 +33,11 @@ class Noise(Attack):
         """The samples."""
         return self.draws
 
-    def start(self, p: Problem, sampled: Any = ()) -> NoiseState:
+    def start(self, p: Problem, sampled: PyTree = ()) -> NoiseState:
         """Nothing yet."""
         return NoiseState(Found.clean(p))
 
-    def step(self, p: Problem, s: NoiseState, i: jax.Array, sampled: Any = ()) -> NoiseState:
+    def step(self, p: Problem, s: NoiseState, i: jax.Array, sampled: PyTree = ()) -> NoiseState:
         """One sample."""
         x = p.threat.project(p.images + p.threat.noise(step_keys(p, i), p.images), p.images)
         return NoiseState(s.found.seen(p, x, p.logits_fn(x)))

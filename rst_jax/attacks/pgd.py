@@ -9,12 +9,13 @@ PGD on the margin.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent, normal, uniform
 from rst_jax.config import PGDSettings
@@ -25,7 +26,7 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def pgd(
-    logits_fn: Callable[..., Any],
+    logits_fn: Callable,
     images: jax.Array,
     labels: jax.Array,
     threat: ThreatModel,
@@ -34,9 +35,9 @@ def pgd(
     start: jax.Array | None = None,
     loss: Loss = cross_entropy,
     rest_when_broken: bool = False,
-    memory: Any = None,
+    memory: PyTree = None,
     unroll: bool = False,
-) -> Any:
+) -> PyTree:
     """Adversarial images for a classifier.
 
     Each step moves the images by its size along the steepest ascent of the loss and projects them into the
@@ -60,11 +61,11 @@ def pgd(
     """
     stateful = memory is not None
 
-    def objective(adversarial: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+    def objective(adversarial: jax.Array, memory: PyTree) -> tuple[jax.Array, PyTree]:
         logits, memory = logits_fn(adversarial, memory) if stateful else (logits_fn(adversarial), None)
         return jnp.sum(loss(logits, labels)), (correct(logits, labels), memory)
 
-    def step(adversarial: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+    def step(adversarial: jax.Array, memory: PyTree) -> tuple[jax.Array, PyTree]:
         gradient, (standing, memory) = jax.grad(objective, has_aux=True)(adversarial, memory)
         moved = threat.ascend(adversarial, gradient, settings.step_size, images)
         if rest_when_broken:
@@ -126,7 +127,7 @@ class PGD(Attack):
         """Restarts share one."""
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, restarts=1))
 
-    def sample(self, p: Problem) -> tuple[Any, tuple[()]]:
+    def sample(self, p: Problem) -> tuple[PyTree, PyTree]:
         """For a random start: uniform in the cube (Linf) or the ball (L2) of radius one, [N, ...]."""
         if not self.settings.random_start:
             return np.zeros_like(p.images), ()
@@ -138,7 +139,7 @@ class PGD(Attack):
         """Begin at the image with that times eps."""
         return PGDState(Found.clean(p), p.threat.project(p.images + p.threat.eps * sampled, p.images))
 
-    def step(self, p: Problem, s: PGDState, i: jax.Array, sampled: Any = ()) -> PGDState:
+    def step(self, p: Problem, s: PGDState, i: jax.Array, sampled: PyTree = ()) -> PGDState:
         """Look, and take a projected step."""
 
         def loss(logits: jax.Array) -> jax.Array:

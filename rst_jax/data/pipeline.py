@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Key
 
 
@@ -25,7 +26,7 @@ class Images:
     ids: Any
     levels: int = flax.struct.field(pytree_node=False)
 
-    def take(self, index: jax.Array, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def take(self, index: jax.Array, dtype: DTypeLike = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Images in [0, 1], labels and ids at `index`."""
         images = self.images[index].astype(dtype) / jnp.asarray(self.levels, dtype)
         return images, self.labels[index], self.ids[index]

@@ -10,7 +10,6 @@ import time
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -127,7 +126,7 @@ class Attacker:
 
     def _walk(
         self, attack: Attack, go_on: Callable, state: PyTree, n: int, tick: Callable[[int], None], one_by_one: bool
-    ) -> Any:
+    ) -> PyTree:
         """The state after a round on placed rows, the first n of which are real; stops when all of these are broken."""
         i, look = self._number(0), -(-attack.passes // _LOOKS)
         for first in range(0, attack.passes, look):

@@ -10,9 +10,8 @@ finished cascade and, until it is finished, its batches, from which the same cal
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +21,7 @@ from rst_jax.attacks.attack import Attack
 from rst_jax.evaluation.batch import Attacker
 from rst_jax.evaluation.cascade import Cascade, run
 from rst_jax.evaluation.checks import check_cascade, check_function, check_suite, check_sweep, verdict
-from rst_jax.evaluation.classifier import Classifier, of_function
+from rst_jax.evaluation.classifier import Classifier, LogitsFn, of_function
 from rst_jax.evaluation.evidence import SHOWN, WRONG, Evidence, Examples, Images
 from rst_jax.evaluation.images import ImageFile, write_images
 from rst_jax.evaluation.programs import Programs
@@ -81,7 +80,7 @@ class Card:
 
 
 def evaluate(
-    logits_fn: Callable[..., Any],
+    logits_fn: LogitsFn,
     images: Images,
     labels: np.ndarray,
     threat_model: ThreatModel,
@@ -174,7 +173,7 @@ def finished(folder: Path, digest: str) -> bool:
     return bool(from_main(np.asarray(there)))
 
 
-def replay(logits_fn: Callable[..., Any], folder: str | Path) -> dict[str, tuple[float, int]]:
+def replay(logits_fn: LogitsFn, folder: str | Path) -> dict[str, tuple[float, int]]:
     """Transfer: accuracy of another classifier on the images that a card has kept, and how many these are.
 
     Of each cascade its adversarial images (and the clean ones that it did not break), and of "clean" the clean ones.

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 from rst_jax.tickets.ticket import Ticket
 
 Apply = Callable[[PyTree, jax.Array], jax.Array]
+LogitsFn = Callable[[Any], Any]  # images [N, H, W, C] to logits [N, classes], NumPy's or JAX's
 KEYS = "threefry2x32"  # whatever JAX is told to take by default
 
 
@@ -35,7 +36,7 @@ class Classifier:
 
     apply: Apply
     variables: PyTree = ()
-    function: Callable[..., Any] | None = None
+    function: LogitsFn | None = None
     traced: bool = True
     obstacle: str = ""
     name: str = "logits_fn"
@@ -43,7 +44,7 @@ class Classifier:
 
     def raw(self, images: np.ndarray) -> np.ndarray:
         """What the function itself says: float32 [N, classes] of float32 [N, H, W, C]."""
-        function: Callable[..., Any] = self.function or partial(self.apply, self.variables)
+        function: LogitsFn = self.function or partial(self.apply, self.variables)
         with jax.default_matmul_precision("highest"):
             return np.asarray(function(images)).astype(np.float32)
 
@@ -70,7 +71,7 @@ def of_module(module: nn.Module) -> Apply:
     return partial(module.apply, train=False)  # type: ignore[return-value]
 
 
-def of_function(logits_fn: Callable[..., Any], some: np.ndarray) -> Classifier:
+def of_function(logits_fn: LogitsFn, some: np.ndarray) -> Classifier:
     """A function or a ticket; `some` [n, H, W, C] are one or two images of the kind it takes.
 
     Raises:
@@ -93,12 +94,12 @@ def of_function(logits_fn: Callable[..., Any], some: np.ndarray) -> Classifier:
         return jnp.asarray(logits_fn(x), jnp.float32)
 
     def outside(_: PyTree, x: jax.Array) -> jax.Array:
-        def called(x: Any) -> np.ndarray:
+        def called(x: jax.Array) -> np.ndarray:
             return np.asarray(logits_fn(np.asarray(x)), np.float32)
 
         return jax.pure_callback(called, jax.ShapeDtypeStruct((x.shape[0], classes), jnp.float32), x)
 
-    def obstacle(function: Callable[..., Any]) -> str:
+    def obstacle(function: LogitsFn) -> str:
         try:
             jax.eval_shape(function, like)
         except Exception as error:  # whatever another library says of a tracer

@@ -6,9 +6,8 @@ is judged by another program, at another batch size, and its ball and box are ch
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +27,7 @@ _SPECS = {"r": PartitionSpec(AXIS), "v": PartitionSpec()}
 _LIBRARY = ",".join(f"LIBRARY_FUSION_TYPE_INDIVIDUAL_{kind}" for kind in ("DOT", "CONVOLUTION"))
 _ROW_BY_ROW = {"xla_cpu_experimental_ynn_fusion_type": _LIBRARY}
 _TOY = 3e4  # operations of a forward pass over an image, below which a call costs more than what it calls
-Fixed = tuple[Any, ...]  # variables, eps, images, logits, labels, targets, key data
+Fixed = tuple[PyTree, ...]  # variables, eps, images, logits, labels, targets, key data
 
 
 def sizes(batch_size: int, devices: int) -> list[int]:
@@ -56,7 +55,7 @@ class Programs:
     def __init__(self, mesh: Mesh, batch_size: int):
         self.mesh, self.batch_size = mesh, batch_size
         self.compiled: dict[str, int] = {}
-        self._slow, self._kept = dict[Any, bool](), dict[Any, Any]()
+        self._slow, self._kept = dict[Hashable, bool](), dict[Hashable, Callable]()
 
     def sizes(self, n: int) -> list[int]:
         """Of batches, where there are n examples."""
@@ -109,11 +108,11 @@ class Programs:
             network, there = partial(apply, variables), ThreatModel(eps, *box)
             return Problem(network, there, images, logits, labels, targets, jax.random.wrap_key_data(keys, impl=KEYS))
 
-        def step(*arguments: Any) -> Any:
+        def step(*arguments: PyTree) -> PyTree:
             *fixed, sampled, state, i, _ = arguments
             return advance(program, problem(*fixed), state, i, sampled), i + 1
 
-        def steps(*arguments: Any) -> Any:
+        def steps(*arguments: PyTree) -> PyTree:
             *fixed, state, i, last = arguments
 
             def go(carry: tuple) -> jax.Array:
@@ -142,7 +141,7 @@ class Programs:
 
     def compile(
         self,
-        name: Any,
+        name: Hashable,
         inner: Callable,
         kinds: Sequence[str],
         results: Sequence[str],
@@ -165,7 +164,7 @@ class Programs:
         if name not in self._kept:
             specs, out = (tuple(_SPECS[k] for k in those) for those in (kinds, results))
 
-            def counted(*arguments: Any) -> Any:  # runs once a compilation
+            def counted(*arguments: PyTree) -> PyTree:  # runs once a compilation
                 self.compiled[counted_as] = self.compiled.get(counted_as, 0) + 1
                 return inner(*arguments)
 
@@ -182,7 +181,7 @@ def violations(threat: ThreatModel, adversarial: np.ndarray, images: np.ndarray)
     return threat.violations(adversarial.astype(np.float64), images.astype(np.float64))
 
 
-def _operations(apply: Apply, variables: PyTree, images: Any) -> float:
+def _operations(apply: Apply, variables: PyTree, images: jax.Array) -> float:
     """What a forward pass over one of `images` needs, by formula; inf where that is not known."""
     try:
         counted = operations(apply, variables, jax.ShapeDtypeStruct((1, *images.shape[1:]), np.float32))

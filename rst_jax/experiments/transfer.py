@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax.data import Dataset
 from rst_jax.evaluation.accuracy import Evaluator
@@ -93,7 +93,7 @@ def cross(run: Run, tickets: list[Ticket]) -> Crossed:
     )
 
 
-def _flags(evaluator: Evaluator, place: int, variables: list[Any], dataset: Dataset) -> dict[str, np.ndarray]:
+def _flags(evaluator: Evaluator, place: int, variables: list[PyTree], dataset: Dataset) -> dict[str, np.ndarray]:
     """The fields of `Crossed` for the ticket at `place`; of its adversarial images, only what is shown is kept."""
     n, end, outside = len(dataset.test), 0, 0
     natural, robust = np.zeros(n, bool), np.zeros((len(variables), n), bool)

@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from rst_jax.config import near
 from rst_jax.models import convnet, resnet, wide_resnet
@@ -84,8 +85,8 @@ class ModelSpec:
 
     def make(
         self,
-        dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         bn_axis: str | None = None,
         remat: bool = False,
     ) -> nn.Module:

@@ -14,8 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
-Layer = Callable[..., Any]
+Layer = Callable[..., nn.Module]
 
 
 class BatchNorm(nn.Module):
@@ -32,7 +34,7 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-5
     axis_name: str | None = None
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -72,8 +74,8 @@ class Network(nn.Module):
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     width: float = 1.0
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     bn_axis: str | None = None
     remat: bool = False
 
@@ -127,7 +129,7 @@ _ONE_THREAD_BELOW = 73_728
 _WORTH_A_THREAD = 2**28  # multiply-adds
 
 
-def convolve(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+def convolve(x: jax.Array, kernel: jax.Array, *args: PyTree, **options: Any) -> jax.Array:
     """`lax.conv_general_dilated` [N, ...]; on a CPU a large convolution of few channels runs in parts of the batch.
 
     The parts, and with them both gradients, run on a core each; no image's result changes.

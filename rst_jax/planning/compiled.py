@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from rst_jax.config import Config
@@ -40,7 +41,7 @@ class Compiled:
     collectives: list[Collective]
 
 
-def topology_devices(topology: str) -> list[Any]:
+def topology_devices(topology: str) -> list[jax.Device]:
     """The topology's devices, which exist for the compiler alone.
 
     Raises:
@@ -92,7 +93,7 @@ def compile_step(
         sharding = NamedSharding(mesh, spec)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    def struct(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def struct(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     scores = variables["scores"]
@@ -108,7 +109,7 @@ def compile_step(
     first = placed(state, everywhere), placed(images, PartitionSpec(AXIS) if streamed else everywhere)
     others = placed((order, struct(), kept, struct(2, dtype=jnp.uint32), struct()), everywhere)
     start = time.monotonic()
-    program = step.lower(*first, *others).compile()
+    program: Any = step.lower(*first, *others).compile()
     seconds = time.monotonic() - start
     m, cost = program.memory_analysis(), program.cost_analysis()
     memory = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes

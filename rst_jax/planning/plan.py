@@ -87,7 +87,7 @@ def make_plan(config: Config, topology: str) -> Plan:
     shown = {k: variables[k] for k in ("params", "batch_stats")}
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
-    def forward(v: PyTree, x: jax.Array) -> Any:
+    def forward(v: PyTree, x: jax.Array) -> PyTree:
         return model.apply(v, x, train=False)
 
     scores, statistics = (

@@ -3,9 +3,12 @@
 import base64
 import html
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INK, MUTED = "#1b2530", "#5c6b7a"
 ROBUST, NATURAL = "#b3403a", "#2f6690"
@@ -76,7 +79,7 @@ def table_markup(header: list[str], rows: list[list[str]]) -> str:
     return f'<div class="table"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
 
 
-def figure_of(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def figure_of(width: float, height: float, columns: int = 1) -> tuple["Figure", Any]:
     """An empty Matplotlib figure of so many inches, and its axes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -93,7 +96,7 @@ def figure_of(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
         return figure, figure.subplots(1, columns)
 
 
-def svg(figure: Any) -> str:
+def svg(figure: "Figure") -> str:
     """The figure as markup, the same bytes for the same figure."""
     from matplotlib import rc_context
 

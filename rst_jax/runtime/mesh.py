@@ -41,7 +41,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Arrays that every process holds alike, as global arrays on every device."""
     sharding = NamedSharding(mesh, PartitionSpec())
 
-    def put(leaf: Any) -> jax.Array:
+    def put(leaf: jax.typing.ArrayLike) -> jax.Array:
         if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
             return leaf
         if jax.process_count() == 1:
@@ -90,7 +90,7 @@ def make_tree(n: int, rows: Callable[[slice], PyTree], mesh: Mesh) -> PyTree:
 def fetch(tree: PyTree) -> PyTree:
     """Global arrays, replicated or split by rows, as whole NumPy arrays on every process."""
 
-    def get(leaf: Any) -> np.ndarray:
+    def get(leaf: jax.typing.ArrayLike) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
         return np.asarray(leaf)

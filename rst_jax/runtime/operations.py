@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jaxtyping import PyTree
 
 
-def operations(function: Callable[..., Any], *args: Any) -> int:
+def operations(function: Callable[..., PyTree], *args: PyTree) -> int:
     """Multiply-adds, counted as two operations each, of all convolutions and matrix products that `function` does.
 
     A product [m, k] x [k, n] has 2 m k n; a convolution to [N, H, W, out] with kernel [h, w, in / groups, out] has
@@ -26,7 +27,7 @@ def operations(function: Callable[..., Any], *args: Any) -> int:
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def has_convolution(function: Callable[..., Any], *args: Any) -> bool:
+def has_convolution(function: Callable[..., PyTree], *args: PyTree) -> bool:
     """Whether a convolution is among what `function` does; its arguments are as those of `operations`."""
 
     def found(jaxpr: core.Jaxpr) -> bool:
@@ -92,7 +93,7 @@ def _convolution(equation: Any) -> int:
     return 2 * math.prod(out[axis] for axis in dims.out_spec[:2]) * kernel[dims.rhs_spec[1]] * places
 
 
-def outputs(function: Callable[..., Any], *args: Any) -> int:
+def outputs(function: Callable[..., PyTree], *args: PyTree) -> int:
     """Elements that the convolutions and matrix products of `function` write: its activations, by formula."""
 
     def count(jaxpr: core.Jaxpr) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -113,7 +113,7 @@ class Ticket:
         per_score = jax.tree.map(lambda k, m: int(np.sum(m)) * (k.size // m.size), kernels, self.masks)
         return sum(jax.tree.leaves(per_score)), total
 
-    def __call__(self, images: Any) -> jax.Array:
+    def __call__(self, images: jax.typing.ArrayLike) -> jax.Array:
         """Logits [N, num_classes] of images [N, H, W, C], floats in [0, 1].
 
         Raises:
@@ -134,5 +134,5 @@ class Ticket:
 
 
 @partial(jax.jit, static_argnums=0)
-def _logits(module: nn.Module, variables: PyTree, images: jax.Array) -> Any:
+def _logits(module: nn.Module, variables: PyTree, images: jax.Array) -> PyTree:
     return module.apply(variables, images, train=False)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -50,14 +51,14 @@ class Best:
 def make_job_step(
     config: Config,
     model: nn.Module,
-    optimizer: Any,
+    optimizer: optax.GradientTransformation,
     job: Job,
     mesh: Mesh,
     rows: int,
     attack: PGDSettings,
     many: bool,
     streamed: bool,
-) -> Any:
+) -> jax.stages.Wrapped:
     """`make_train_step` as the configuration has it, for batches of `rows` images."""
     c, per_device = config, rows // mesh.size
     largest = max(c.batch_size // mesh.size // c.accumulate, 1)  # images of a part
@@ -93,9 +94,9 @@ class Trainer:
         if left := feed.left_out:
             n, devices = len(feed.split), feed.mesh.size
             say(f"{left} of {n} training images an epoch are left out: {devices} devices cannot share them evenly")
-        self._steps: dict[Any, Callable] = {}
+        self._steps: dict[Hashable, Callable] = {}
 
-    def optimizer_of(self, job: Job) -> tuple[Any, Any]:
+    def optimizer_of(self, job: Job) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """The job's optax transformation and its schedule."""
         schedule = make_schedule(job.optimizer, job.epochs, len(self.feed.batches))
         return make_optimizer(job.optimizer, schedule), schedule
@@ -231,10 +232,10 @@ class _Place:
     state: TicketState
     step: int
     kept: dict[str, Any]
-    pending: list[dict[str, Any]]
+    pending: list[dict[str, jax.Array]]
 
 
-def _total(pending: list[dict[str, Any]]) -> dict[str, float]:
+def _total(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
     """The sums of summed metrics, on the host."""
     fetched = jax.device_get(pending)
     return {name: sum(float(m[name]) for m in fetched) for name in fetched[0]}

@@ -4,13 +4,14 @@ Training metrics are sums over examples (loss, correct, count), so that they add
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rst_jax.runtime.files import read_lines, write_text
 
 
-def means(sums: dict[str, Any]) -> dict[str, float]:
+def means(sums: Mapping[str, float]) -> dict[str, float]:
     """Loss and adversarial accuracy of the summed examples."""
     count = max(float(sums["count"]), 1.0)
     return {"loss": float(sums["loss"]) / count, "adversarial_accuracy": float(sums["correct"]) / count}

@@ -9,7 +9,7 @@ of gradient, statistics and metrics ends the step.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import chex
 import flax.linen as nn
@@ -28,6 +28,8 @@ from rst_jax.runtime.mesh import AXIS
 from rst_jax.threat import ThreatModel
 from rst_jax.training.state import TicketState
 from rst_jax.training.target import Target
+
+_Batch = tuple[jax.Array, jax.Array, jax.Array | None]  # images, labels, noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ def make_part(model: nn.Module, settings: Settings) -> Callable[..., tuple[PyTre
         return logits, changed.get("batch_stats", stats)
 
     def attack(
-        weights: PyTree, images: jax.Array, labels: jax.Array, noise: Any, stats: PyTree
+        weights: PyTree, images: jax.Array, labels: jax.Array, noise: jax.Array | None, stats: PyTree
     ) -> tuple[jax.Array, PyTree]:
         run = partial(
             pgd,
@@ -89,7 +91,7 @@ def make_part(model: nn.Module, settings: Settings) -> Callable[..., tuple[PyTre
             return run(partial(forward, weights), memory=stats)
         return run(lambda x: model.apply({"params": weights, "batch_stats": stats}, x, train=False)), stats
 
-    def part(weights: PyTree, stats: PyTree, batch: tuple) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+    def part(weights: PyTree, stats: PyTree, batch: _Batch) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
         images, labels, noise = batch
         adversarial, stats = attack(weights, images, labels, noise, stats)
         adversarial = lax.stop_gradient(adversarial)
@@ -128,7 +130,7 @@ def make_update(
     s, differentiate = settings, make_part(model, settings)
 
     def update(
-        state: TicketState, images: jax.Array, labels: jax.Array, noise: Any, selection: PyTree
+        state: TicketState, images: jax.Array, labels: jax.Array, noise: jax.Array | None, selection: PyTree
     ) -> tuple[TicketState, dict[str, jax.Array]]:
         chex.assert_rank([images, labels], [4, 1])
         masks, trained = s.target.masks(state, selection), s.target.trained(state)
@@ -176,7 +178,7 @@ def make_train_step(
     rows: int,
     many: bool = False,
     streamed: bool = False,
-) -> Any:
+) -> jax.stages.Wrapped:
     """The compiled step over the mesh: `step(state, data, order, first, selection, key, count)`.
 
     Args of the result:
@@ -237,12 +239,12 @@ def _per_device(rows: int, devices: int, accumulate: int) -> int:
     return each
 
 
-def _make_batch(settings: Settings, per_device: int, streamed: bool) -> Callable[..., tuple[jax.Array, jax.Array, Any]]:
+def _make_batch(
+    settings: Settings, per_device: int, streamed: bool
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]]:
     """A device's part of a batch, augmented: `batch(state, data, order, first, key) -> (images, labels, noise)`."""
 
-    def batch(
-        state: TicketState, data: Images, order: jax.Array, first: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array, Any]:
+    def batch(state: TicketState, data: Images, order: jax.Array, first: jax.Array, key: jax.Array) -> _Batch:
         place = jnp.arange(per_device, dtype=jnp.int32)
         if not streamed:
             place = order[first + lax.axis_index(AXIS) * per_device + place]
