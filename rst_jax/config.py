@@ -1,17 +1,20 @@
 """The configuration as frozen dataclasses: made once from a ConfigDict, checked once, read everywhere.
 
-`configs/base.py` explains every field; here are their types, the same defaults, their ranges, and the checks across
+`configs/base.py` explains every field; here are their types, the same defaults, and the checks across
 them. A field says itself whether it may differ when a workdir is used again (`free`); the defaults stand for fields
 that an older workdir does not know.
 """
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from rst_jax import ranges
+from rst_jax.ranges import Count, Length, Positive, Rate, Seed, ShareAboveZero, ShareBelowOne
 from rst_jax.threat import ThreatModel
 
 Pattern = Literal["element", "row", "kernel", "filter"]
@@ -20,23 +23,9 @@ _PIXELS = "Images lie in [0, 1]: write eight pixel levels as 8/255."
 _RENAMED = {"task": "stages"}  # fields of earlier versions
 
 
-def setting(
-    default: Any,
-    *,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-    free: bool = False,
-) -> Any:
-    """A field with its default and range.
-
-    Args:
-      default: as in configs/base.py.
-      least, most: the smallest and the largest value. below: what it stays below.
-      free: it changes no finished ticket, so it may differ when a workdir is used again.
-    """
-    metadata = {"least": least, "below": below, "most": most, "free": free}
-    return dataclasses.field(default=default, metadata=metadata)
+def free(default: Any) -> Any:
+    """A field that changes no finished ticket, so it may differ when a workdir is used again."""
+    return dataclasses.field(default=default, metadata={"free": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,23 +42,26 @@ class PGDSettings:
       loss: what is increased: cross-entropy ("ce") or minus the margin ("margin").
     """
 
-    steps: int = setting(7, least=0)
-    step_size: float = setting(2 / 255, least=0)
+    steps: Count = 7
+    step_size: Length = 2 / 255
     random_start: bool = True
-    restarts: int = setting(1, least=1)
+    restarts: Positive = 1
     loss: Literal["ce", "margin"] = "ce"
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
     """The inner maximisation of training: PGD, how the network behaves under it, and how it begins."""
 
-    steps: int = setting(7, least=0)
-    step_size: float = setting(2 / 255, least=0)
+    steps: Count = 7
+    step_size: Length = 2 / 255
     random_start: bool = True
     batch_norm: Literal["train", "eval"] = "train"
-    early_steps: int = setting(7, least=0)
-    early_epochs: int = setting(0, least=0)
+    early_steps: Count = 7
+    early_epochs: Count = 0
 
     def pgd(self, epoch: int) -> PGDSettings:
         """The attack of an epoch, counted from 0."""
@@ -81,15 +73,15 @@ class Attack:
 class Optimizer:
     """SGD and the schedule of its rate."""
 
-    learning_rate: float = setting(0.1, least=0)
-    momentum: float = setting(0.9, least=0, below=1)
+    learning_rate: Rate = 0.1
+    momentum: ShareBelowOne = 0.9
     nesterov: bool = False
-    weight_decay: float = setting(5e-4, least=0)
+    weight_decay: Rate = 5e-4
     schedule: Literal["piecewise", "multistep", "cosine", "linear"] = "piecewise"
-    boundaries: tuple[int, ...] = (80, 120)
-    decay_every: int = setting(30, least=1)
-    decay_factor: float = setting(0.1, least=0, most=1)
-    warmup_epochs: int = setting(0, least=0)
+    boundaries: tuple[Count, ...] = (80, 120)
+    decay_every: Positive = 30
+    decay_factor: ShareAboveZero = 0.1
+    warmup_epochs: Count = 0
     unit: Literal["epoch", "step"] = "epoch"
 
 
@@ -98,21 +90,21 @@ class Dense:
     """What differs when all weights are trained."""
 
     train: bool = True
-    learning_rate: float = setting(0.1, least=0)
-    weight_decay: float = setting(5e-4, least=0)
-    epochs: int = setting(160, least=1)
+    learning_rate: Rate = 0.1
+    weight_decay: Rate = 5e-4
+    epochs: Positive = 160
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     """The evaluation attack (PGD), how often the held-out images are attacked, and the card at the end."""
 
-    steps: int = setting(20, least=0)
-    step_size: float = setting(2 / 255, least=0)
-    batch_size: int = setting(250, least=1)
-    examples: int = setting(0, least=0)
-    every_epochs: int = setting(5, least=1)
-    card: Literal["pgd", "autoattack", "full"] = setting("pgd", free=True)
+    steps: Count = 20
+    step_size: Length = 2 / 255
+    batch_size: Positive = 250
+    examples: Count = 0
+    every_epochs: Positive = 5
+    card: Literal["pgd", "autoattack", "full"] = free("pgd")
 
     @property
     def pgd(self) -> PGDSettings:
@@ -124,41 +116,44 @@ class Evaluate:
 class Config:
     """A whole run. Fields as in `configs/base.py`."""
 
-    stages: tuple[Stage, ...] = setting(typing.get_args(Stage), free=True)
-    seed: int = setting(0, least=0, below=2**32)
+    stages: tuple[Stage, ...] = free(typing.get_args(Stage))
+    seed: Seed = 0
     model: str = "resnet18"
-    remaining_ratios: tuple[float, ...] = setting((0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.4, 0.6), free=True)
+    remaining_ratios: tuple[ShareAboveZero, ...] = free((0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.4, 0.6))
     pattern: Pattern = "element"
     weight_init: str = "signed_kaiming_constant"
     scale_fan: bool = False
     dataset: str = "cifar10"
-    data_dir: str = setting("~/tensorflow_datasets", free=True)
-    data_path: str = setting("", free=True)
-    holdout: int = setting(5200, least=0)
-    train_examples: int = setting(0, least=0)
+    data_dir: str = free("~/tensorflow_datasets")
+    data_path: str = free("")
+    holdout: Count = 5200
+    train_examples: Count = 0
     select_on: Literal["holdout", "test"] = "holdout"
-    crop_padding: int = setting(4, least=0)
+    crop_padding: Count = 4
     flip: bool = True
     threat: ThreatModel = ThreatModel(8 / 255)
     attack: Attack = Attack()
-    batch_size: int = setting(256, least=1)
-    accumulate: int = setting(1, least=1)
-    epochs: int = setting(160, least=1)
-    label_smoothing: float = setting(0.0, least=0, below=1)
+    batch_size: Positive = 256
+    accumulate: Positive = 1
+    epochs: Positive = 160
+    label_smoothing: ShareBelowOne = 0.0
     optimizer: Optimizer = Optimizer()
     dense: Dense = Dense()
     evaluate: Evaluate = Evaluate()
     compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     bn_sync: bool = False
-    remat: bool = setting(False, free=True)
-    unroll: Literal["auto", "scan", "unroll"] = setting("auto", free=True)
-    steps_per_dispatch: int = setting(0, least=0, free=True)
-    compilation_cache: str = setting("~/.cache/rst_jax", free=True)
-    checkpoint_every_epochs: int = setting(1, least=1, free=True)
-    log_every_steps: int = setting(50, least=1, free=True)
+    remat: bool = free(False)
+    unroll: Literal["auto", "scan", "unroll"] = free("auto")
+    steps_per_dispatch: Count = free(0)
+    compilation_cache: str = free("~/.cache/rst_jax")
+    checkpoint_every_epochs: Positive = free(1)
+    log_every_steps: Positive = free(50)
 
     def __post_init__(self) -> None:
-        _check_ranges(self)
+        try:
+            ranges.check(self)
+        except ValueError as error:
+            raise ValueError(f"config: {error}") from None
         _check_together(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,9 +239,10 @@ def _cast(value: Any, kind: Any, name: str) -> Any:
         item = typing.get_args(kind)[0]
         values = value if isinstance(value, (tuple, list)) else (value,)
         return tuple(_cast(v, item, name) for v in values)
+    kind, _ = ranges.taken_apart(kind)
     kind = float if float in typing.get_args(kind) else kind  # a threat model's radius, which programs trace
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**1000 else math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         expected = kind.__name__ if isinstance(kind, (type, types.GenericAlias)) else str(kind)
         raise ValueError(f"config: {name} must be a {expected}; got {value!r}.")
@@ -258,27 +254,9 @@ def _need(ok: bool, name: str, expected: str, got: Any, fix: str = "") -> None:
         raise ValueError(f"config: {name} must be {expected}; got {got}.{' ' + fix if fix else ''}")
 
 
-def _check_ranges(c: Config) -> None:
-    for name, field in _fields().items():
-        value: Any = c
-        for part in name.split("."):
-            value = getattr(value, part)
-        limits = field.metadata
-        if (least := limits.get("least")) is not None:
-            _need(value >= least, name, f"at least {least}", value)
-        if (below := limits.get("below")) is not None:
-            told = "below 2**32" if below == 2**32 else f"below {below}"
-            _need(value < below, name, told, value)
-        if (most := limits.get("most")) is not None:
-            _need(value <= most, name, f"at most {most}", value)
-
-
 def _check_together(c: Config) -> None:
     """What no field can say of itself alone."""
     _need(len(c.remaining_ratios) > 0, "remaining_ratios", "at least one fraction", "none")
-    kept = "They are the fractions of weights kept."
-    for ratio in c.remaining_ratios:
-        _need(0 < ratio <= 1, "remaining_ratios", "fractions in (0, 1]", ratio, kept)
     names = {f"{ratio:g}" for ratio in c.remaining_ratios}
     _need(len(names) == len(c.remaining_ratios), "remaining_ratios", "distinct to six digits", c.remaining_ratios)
     several = "False when several ratios share one set of weights"
@@ -291,7 +269,6 @@ def _check_together(c: Config) -> None:
         sizes = {"threat.eps": float(c.threat.eps), "attack.step_size": c.attack.step_size}
         for name, value in {**sizes, "evaluate.step_size": c.evaluate.step_size}.items():
             _need(0 <= value <= 1, name, "in [0, 1]", value, _PIXELS)
-    _need(c.optimizer.decay_factor > 0, "optimizer.decay_factor", "in (0, 1]", c.optimizer.decay_factor)
     _need(c.optimizer.warmup_epochs <= c.epochs, "optimizer.warmup_epochs", "at most epochs", c.optimizer.warmup_epochs)
     held_out = "The best checkpoint is chosen on held-out training images."
     _need(c.holdout > 0 or c.select_on == "test", "holdout", "positive when select_on = 'holdout'", c.holdout, held_out)

@@ -71,7 +71,7 @@ class TicketRecord:
       name: the run's name, "ratio-0.1" or "dense".
       remaining_ratio: 1.0 for the dense network.
       weights_kept, weights_total: counts over all kernels.
-      violations: adversarial images that left the ball or the box; they count as not attacked.
+      violations: adversarial images that left the ball or the box; they do not count as robust.
       best_epoch: where the checkpoint was taken, chosen on `selected_on`.
       kind: what it is, as a ticket's ("scratch", "dense"); records of version 0.3.0 tell it by the name alone.
     """
@@ -173,6 +173,8 @@ class CascadeRecord:
     Attributes:
       attacks: each with its settings. rounds: restarts or targets of each. broken: examples that each broke, verified.
       unverified: claims that did not hold when run again; they are not counted.
+      failed: examples that nothing broke but that do not count as robust, since an attack of them ended in an image
+        that is not finite or not allowed.
       fragile: ids of the broken examples whose margin is within 1e-4 of the boundary.
       median_distance: of the closest adversarial images of a minimal-norm attack over the examples classified right, in
         L2; None where not measured (or where less than half have one).
@@ -195,6 +197,7 @@ class CascadeRecord:
     gradients: int
     over_passes: Curve
     over_rounds: Curve | None
+    failed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

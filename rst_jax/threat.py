@@ -5,10 +5,13 @@ a result is of the kind of the arguments.
 """
 
 import dataclasses
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
 import jax
 from jaxtyping import Bool, Float, Key, Shaped
+
+from rst_jax.ranges import Range
 
 Array = Any  # NumPy's or JAX's
 Images = Float[Array, "n *pixels"]
@@ -46,13 +49,13 @@ class ThreatModel:
     Inside a compiled program eps may be a traced scalar, so that one program serves every radius.
 
     Raises:
-      ValueError: an unknown norm or a negative eps.
+      ValueError: an unknown norm, a negative eps, or a box that is none.
     """
 
-    eps: float | jax.Array
+    eps: Annotated[float | jax.Array, Range(0, 1e4)]
     norm: Literal["linf", "l2"] = "linf"
-    lower: float = 0.0
-    upper: float = 1.0
+    lower: Annotated[float, Range(-1e4, 1e4)] = 0.0
+    upper: Annotated[float, Range(-1e4, 1e4)] = 1.0
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
@@ -62,6 +65,25 @@ class ThreatModel:
                 object.__setattr__(self, name, float(getattr(self, name)))
         if not isinstance(self.eps, jax.core.Tracer) and not self.eps >= 0:
             raise ValueError(f"eps must be at least 0; got {self.eps}.")
+        if not -math.inf < self.lower < self.upper < math.inf:
+            raise ValueError(f"the box must be two finite numbers, lower < upper; got {self.lower}, {self.upper}.")
+
+    def check_reach(self, image_shape: tuple[int, ...], name: str = "eps") -> None:
+        """Refuse a radius beyond `reach`, which is mostly one in other units.
+
+        Raises:
+          ValueError: says what can be reached.
+        """
+        if not float(self.eps) <= (reach := self.reach(image_shape)):
+            raise ValueError(
+                f"{name} must be at most {reach:.4g}, where every image of [{self.lower:g}, {self.upper:g}] can be "
+                f"reached; got {float(self.eps):g}. It is in the units of the images: eight of 255 levels are 8 / 255 "
+                "where images lie in [0, 1]."
+            )
+
+    def reach(self, image_shape: tuple[int, ...]) -> float:
+        """The radius from which every image of the box can be made of every other."""
+        return (self.upper - self.lower) * (1 if self.norm == "linf" else math.prod(image_shape) ** 0.5)
 
     def noise(self, keys: Key[jax.Array, " n"], images: Images) -> Images:
         """A uniform sample from the ball for each image, from its own key: [N, ...] for keys [N]."""

@@ -1,10 +1,13 @@
 import dataclasses
 import importlib
+import math
+import typing
 from pathlib import Path
 
 import pytest
 
 from configs import base
+from rst_jax import attacks, ranges
 from rst_jax import config as config_lib
 from rst_jax.threat import ThreatModel
 
@@ -54,8 +57,17 @@ def test_round_trip():
     ("fields", "words"),
     [
         ({"threat__eps": 8.0}, ["threat.eps", "[0, 1]", "8.0", "8/255"]),
-        ({"remaining_ratios": (0.1, 1.5)}, ["remaining_ratios", "(0, 1]", "1.5"]),
-        ({"remaining_ratios": (0.0,)}, ["remaining_ratios", "(0, 1]"]),
+        ({"remaining_ratios": (0.1, 1.5)}, ["remaining_ratios", "at most 1", "1.5"]),
+        ({"remaining_ratios": (0.0,)}, ["remaining_ratios", "above 0"]),
+        ({"optimizer__decay_factor": 0.0}, ["optimizer.decay_factor", "above 0"]),
+        ({"optimizer__boundaries": (80, -1)}, ["optimizer.boundaries", "at least 0", "-1"]),
+        ({"optimizer__learning_rate": math.inf}, ["optimizer.learning_rate", "at most"]),
+        ({"dense__weight_decay": math.nan}, ["dense.weight_decay", "a number"]),
+        ({"optimizer__learning_rate": 10**400}, ["optimizer.learning_rate", "at most"]),
+        ({"epochs": 10**26}, ["epochs", "at most 2147483647", "27 digits"]),
+        ({"seed": 2**32}, ["seed", "below 2**32"]),
+        ({"threat__norm": "l2", "evaluate__step_size": math.nan}, ["evaluate.step_size", "a number"]),
+        ({"threat__norm": "l2", "attack__step_size": -0.3}, ["attack.step_size", "at least 0"]),
         ({"remaining_ratios": (0.1, 0.1)}, ["distinct"]),
         ({"remaining_ratios": ()}, ["at least one"]),
         ({"attack__step_size": 2.0}, ["attack.step_size", "8/255"]),
@@ -79,6 +91,36 @@ def test_what_is_not_right_is_told_in_a_sentence(fields, words):
         config_lib.from_dict(changed(**fields))
     for word in words:
         assert word in str(error.value)
+
+
+def test_every_number_has_a_finite_range_by_its_type():
+    def numbers(cls):
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(field.type):
+                yield from numbers(field.type)
+            kind = typing.get_args(field.type)[0] if typing.get_origin(field.type) is tuple else field.type
+            bare, limits = ranges.taken_apart(kind)
+            if bare in (int, float) or float in typing.get_args(bare):
+                yield f"{cls.__name__}.{field.name}", limits
+
+    for name, limits in [*numbers(config_lib.Config), *numbers(config_lib.PGDSettings)]:
+        assert limits, name
+        assert -math.inf < limits.least < limits.most < math.inf, name
+
+
+@pytest.mark.parametrize("make", [attacks.APGD, attacks.FAB, attacks.Square, attacks.Bandits, attacks.MIM])
+def test_so_are_those_of_the_other_attacks(make):
+    with pytest.raises(ValueError, match="steps must be at least 1; got -5"):
+        make(steps=-5)
+    for name in {"step_size", "rate", "eta", "rho"} & {field.name for field in dataclasses.fields(make)}:
+        with pytest.raises(ValueError, match=f"{name} must be a number; got nan"):
+            make(**{name: math.nan})
+
+
+@pytest.mark.parametrize("size", [math.nan, math.inf, -0.3])
+def test_the_settings_of_an_attack_are_checked_where_they_are_made(size):
+    with pytest.raises(ValueError, match=r"step_size must be (a number|at (least|most))"):
+        config_lib.PGDSettings(5, size)
 
 
 def test_an_unknown_field_names_the_nearest():

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent, normal, uniform
 from rst_jax.losses import cross_entropy, dlr, margin, targeted_dlr
+from rst_jax.ranges import Positive, Share
 from rst_jax.threat import Array, per_example
 
 _KNEE = 10.0  # a margin from which cross-entropy is taken of colder logits; float32 loses the label's part at 17
@@ -65,10 +66,10 @@ class APGD(Attack):
     """
 
     loss: Literal["ce", "dlr", "dlr-targeted", "by target"] = "ce"
-    steps: int = 100
-    rounds: int = 1
+    steps: Positive = 100
+    rounds: Positive = 1
     near: float = math.inf
-    rho: float = 0.75
+    rho: Share = 0.75
     faithful: bool = False
 
     @property

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
+from rst_jax import ranges
 from rst_jax.losses import correct, margin
 from rst_jax.threat import Array, ThreatModel, per_example, pixels
 
@@ -100,6 +101,9 @@ class Attack:
     """How many a round has."""
     rounds: int
     """How often it starts again: restarts, or targets."""
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, step_keys
 from rst_jax.losses import cross_entropy
+from rst_jax.ranges import Length, Positive, Rate
 from rst_jax.threat import Array, l2_norm, per_example
 
 
@@ -46,13 +47,13 @@ class Bandits(Attack):
       rate: r; None is 100 under Linf and 0.1 under L2.
     """
 
-    steps: int = 3333
-    rounds: int = 1
-    step_size: float | None = None
-    tile: int = 4
-    probe: float = 0.1
-    exploration: float | None = None
-    rate: float | None = None
+    steps: Positive = 3333
+    rounds: Positive = 1
+    step_size: Length | None = None
+    tile: Positive = 4
+    probe: Length = 0.1
+    exploration: Length | None = None
+    rate: Rate | None = None
     name = "Bandits"
     needs_gradient = False
 

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import correct, margin
+from rst_jax.ranges import Positive, Rate
 from rst_jax.threat import Array, ThreatModel, l2_norm, per_example
 
 _INSIDE = 0.999999  # the clean image is pulled in by so much, since the edge of the box is at infinity
@@ -53,10 +54,10 @@ class CWL2(Attack):
       c: the first.
     """
 
-    iterations: int = 1000
-    searches: int = 9
-    rate: float = 0.01
-    c: float = 1e-3
+    iterations: Positive = 1000
+    searches: Positive = 9
+    rate: Rate = 0.01
+    c: Rate = 1e-3
     rounds = 1
     name = "CW-L2"
     rests = False

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import at, correct
+from rst_jax.ranges import Positive, Rate, Share
 from rst_jax.threat import Array, ThreatModel, l2_norm, per_example, pixels
 
 _SETTLED = 64  # Newton steps at most; a handful is usual
@@ -41,11 +42,11 @@ class FAB(Attack):
     """
 
     targeted: bool = True
-    steps: int = 100
-    rounds: int = 9
-    eta: float = 1.05
-    beta: float = 0.9
-    alpha_max: float = 0.1
+    steps: Positive = 100
+    rounds: Positive = 9
+    eta: Rate = 1.05
+    beta: Share = 0.9
+    alpha_max: Share = 0.1
     minimal: bool = False
 
     @property

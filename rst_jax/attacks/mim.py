@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, ascent
 from rst_jax.losses import cross_entropy
+from rst_jax.ranges import Length, Positive, Rate
 from rst_jax.threat import Array, per_example, pixels
 
 
@@ -33,9 +34,9 @@ class MIM(Attack):
       mu: what is kept of the gathered gradients.
     """
 
-    steps: int = 10
-    step_size: float | None = None
-    mu: float = 1.0
+    steps: Positive = 10
+    step_size: Length | None = None
+    mu: Rate = 1.0
     rounds = 1
     name = "MIM"
 

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Found, Problem, step_keys
+from rst_jax.ranges import Positive
 
 
 class NoiseState(NamedTuple):
@@ -23,7 +24,7 @@ class Noise(Attack):
       draws: so many.
     """
 
-    draws: int = 10
+    draws: Positive = 10
     rounds = 1
     name = "noise"
     needs_gradient = False

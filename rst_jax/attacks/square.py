@@ -14,6 +14,7 @@ import numpy as np
 
 from rst_jax.attacks.attack import Attack, Found, Problem, uniform
 from rst_jax.losses import margin
+from rst_jax.ranges import Positive, ShareAboveZero
 from rst_jax.threat import Array, l2_norm, per_example
 
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries
@@ -39,9 +40,9 @@ class Square(Attack):
         sampled for each example by itself in both, where the authors' code samples one place for a batch.
     """
 
-    steps: int = 5000
-    rounds: int = 1
-    share: float = 0.8
+    steps: Positive = 5000
+    rounds: Positive = 1
+    share: ShareAboveZero = 0.8
     faithful: bool = False
     name = "Square"
     needs_gradient = False

@@ -1,12 +1,12 @@
 """What `draw`, the word without a name, is asked."""
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from rst_jax.cli.config_file import ConfigFile
-from rst_jax.cli.options import Parser, add_sweep_index, config_file, number, sweep_index, whole
+from rst_jax.cli.options import Parser, add_sweep_index, config_file, sweep_index, within
+from rst_jax.ranges import Count, Minutes, Positive
 
 _DESCRIPTION = """Draw tickets and measure them, or do parts of that. Started again it goes on where it stopped.
 
@@ -47,11 +47,13 @@ def read(arguments: Sequence[str]) -> Asked:
     add_sweep_index(parser)
     add = parser.add_argument
     add("--workdir", metavar="DIR", help="where everything is written (default: runs/ and the config's name)")
-    add("--minutes", type=_minutes, help="stop in time to be over after so many, saved; the same command goes on")
+    add("--minutes", type=within(Minutes), help="stop in time to be over by then, saved; the same command goes on")
     add("--coordinator", metavar="HOST:PORT", help="of process 0 of several (jax.distributed); auto: the cluster tells")
-    add("--num_processes", type=whole, metavar="N", help="how many processes")
-    add("--process_id", type=whole, metavar="I", help="which of them this is")
+    add("--num_processes", type=within(Positive), metavar="N", help="how many processes")
+    add("--process_id", type=within(Count), metavar="I", help="which of them this is")
     o = parser.parse(arguments)
+    if o.process_id is not None and o.num_processes is not None and o.process_id >= o.num_processes:
+        raise ValueError(f"--process_id must be below --num_processes={o.num_processes}; got {o.process_id}.")
     file = config_file(o)
     if sweep_index(o) is not None and file.points is None:
         raise ValueError(f"{file.path} defines no sweep(), of which --config.sweep_index would take a point.")
@@ -64,10 +66,3 @@ def read(arguments: Sequence[str]) -> Asked:
         num_processes=o.num_processes,
         process_id=o.process_id,
     )
-
-
-def _minutes(text: str) -> float:
-    value = number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected at least 0; got {text!r}")
-    return value

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rst_jax.cli.options import Parser, number, whole
+from rst_jax.cli.options import Parser, refuse_unused, within
+from rst_jax.ranges import Count, Length, Positive, Seed
 from rst_jax.runtime import preemption, work
 from rst_jax.runtime.mesh import split_cpu
 from rst_jax.threat import ThreatModel
@@ -38,11 +39,11 @@ def _parser() -> Parser:
     add("--data_path", default="", help="the .npz file of --dataset npz")
     add("--attacks", default="autoattack", help="full, or names with commas between (default: %(default)s)")
     add("--norm", choices=("linf", "l2"), default="linf")
-    add("--eps", type=number, required=False, help="radius in [0, 1] image units, for instance 8/255")
-    add("--eps_l2", type=number, default=0.5, help="radius of the L2 row of full (default: %(default)s)")
-    add("--examples", type=whole, default=0, help="only the first so many test images")
-    add("--batch_size", type=whole, default=250)
-    add("--seed", type=whole, default=0)
+    add("--eps", type=within(Length), required=False, help="radius in [0, 1] image units, for instance 8/255")
+    add("--eps_l2", type=within(Length), default=0.5, help="radius of the L2 row of full (default: %(default)s)")
+    add("--examples", type=within(Count), default=0, help="only the first so many test images")
+    add("--batch_size", type=within(Positive), default=250)
+    add("--seed", type=within(Seed), default=0)
     add("--faithful", action="store_true", help="keep the published attacks' quirks, for comparison")
     add("--keep_images", action="store_true", help="also write the adversarial images")
     add("--replay", default="", help="a card's folder: classify its adversarial images instead of making new ones")
@@ -54,6 +55,8 @@ def _replay(o: argparse.Namespace) -> None:
     """Another ticket on the adversarial images of a card."""
     from rst_jax.evaluation.card import replay
 
+    others = [name for name in vars(o) if name not in ("ticket", "name", "replay", "typed")]
+    refuse_unused(o, others, "--replay classifies the images of a card as they are")
     split_cpu()
     ticket = _ticket(o.ticket, o.name)
     print(f"{ticket.name} ({ticket.digest[:12]}) on the images of {o.replay}:")
@@ -77,11 +80,12 @@ def _evaluate(o: argparse.Namespace) -> None:
         raise ValueError("expected --eps, the radius of the threat model, for instance --eps 8/255.")
     if o.norm == "linf" and not 0 <= o.eps <= 1:
         raise ValueError(f"--eps must lie in [0, 1], as images do; got {o.eps:g}. Write eight pixel levels as 8/255.")
-    for name in ("batch_size", "examples", "seed"):
-        if (value := getattr(o, name)) < (name == "batch_size"):
-            raise ValueError(f"--{name} must be at least {int(name == 'batch_size')}; got {value}.")
-    if o.seed >= 2**32:
-        raise ValueError(f"--seed must be below 2**32; got {o.seed}.")
+    if o.dataset != "npz":
+        refuse_unused(o, ["data_path"], "it is the file of --dataset npz")
+    if o.dataset in ("npz", "digits"):
+        refuse_unused(o, ["data_dir"], "it is where TFDS datasets lie")
+    if o.norm == "l2" or not {"full", "autoattack-l2", "cw-l2"} & set(o.attacks.split(",")):
+        refuse_unused(o, ["eps_l2"], "no attack of another norm than --norm is asked for")
     images = SplitImages(load_test(o.dataset, o.data_dir, o.data_path, o.examples))
     if (shape := images.split.images.shape[1:]) != tuple(ticket.image_shape):
         raise ValueError(f"the ticket takes images {list(ticket.image_shape)}; {o.dataset} has {list(shape)}.")
@@ -114,6 +118,8 @@ def _ticket(path: str, name: str) -> "Ticket":
 
     folder = Path(path)
     if not folder.is_dir():
+        if name:
+            raise ValueError(f"--name has no effect here: {path} is one ticket; leave it out.")
         return load_ticket(path)
     drawn = sorted((folder / "tickets").glob("*.ticket"))
     there = {t.name: t for t in (map(load_ticket, drawn) if drawn else load_r2s(path).tickets)}

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from rst_jax.cli.config_file import ConfigFile, load
 from rst_jax.config import Config, near, unknown_field
+from rst_jax.ranges import Count, taken_apart
 
 _FIELD, _INDEX = "config.", "config.sweep_index"
 _NUMBER = re.compile(r"-[\d.]")  # begins a negative number, not an option
@@ -42,10 +43,11 @@ class Parser(argparse.ArgumentParser):
         Raises:
           ValueError: always.
         """
+        message = re.sub(r"^argument (\S+): must", r"\1 must", message)
         raise ValueError(f"{message}; {self.prog} --help tells more.")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The options as typed.
+        """The options as typed, and in `typed` the names of those that were.
 
         Raises:
           ValueError: anything that is not right, in one sentence.
@@ -57,6 +59,7 @@ class Parser(argparse.ArgumentParser):
         found, rest = self.parse_known_args(arguments)
         if rest:
             self.error(f"expected options only, each as --name=value; got {' '.join(rest)!r}")
+        found.typed = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
         return found
 
     def _refuse(self, option: str) -> NoReturn:
@@ -96,13 +99,24 @@ def config_file(found: argparse.Namespace) -> ConfigFile:
 
 def add_sweep_index(parser: Parser) -> None:
     """--config.sweep_index."""
-    parser.add_argument(f"--{_INDEX}", type=whole, metavar="I", help="of a sweep's points this one alone, from 0")
+    parser.add_argument(f"--{_INDEX}", type=within(Count), metavar="I", help="this point of a sweep alone, from 0")
 
 
 def sweep_index(found: argparse.Namespace) -> int | None:
     """--config.sweep_index, if given."""
     index: int | None = getattr(found, _INDEX)
     return index
+
+
+def refuse_unused(found: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Nothing that was typed is silently without effect.
+
+    Raises:
+      ValueError: one of these options was typed; `why` it would change nothing.
+    """
+    for name in names:
+        if f"--{name}" in found.typed:
+            raise ValueError(f"--{name} has no effect here: {why}; leave it out.")
 
 
 @functools.cache
@@ -121,6 +135,7 @@ def _kinds() -> dict[str, Any]:
 
 def reader(kind: Any) -> Callable[[str], Any]:
     """What reads a value of a field's type from text; it raises argparse.ArgumentTypeError."""
+    kind, _ = taken_apart(kind)
     if typing.get_origin(kind) is tuple:
         item = reader(typing.get_args(kind)[0])
         return lambda text: tuple(item(_unquoted(part)) for part in _parts(text))
@@ -129,6 +144,19 @@ def reader(kind: Any) -> Callable[[str], Any]:
     if kind is int:
         return whole
     return number if kind is float or float in typing.get_args(kind) else str
+
+
+def within(kind: Any) -> Callable[[str], Any]:
+    """What reads a number and looks at its range (`ranges`); it raises argparse.ArgumentTypeError."""
+    bare, limits = taken_apart(kind)
+
+    def read(text: str) -> Any:
+        value = reader(bare)(text)
+        if limits and (expected := limits.expected(value)):
+            raise argparse.ArgumentTypeError(f"must be {expected}; got {text}")
+        return value
+
+    return read
 
 
 def number(text: str) -> float:

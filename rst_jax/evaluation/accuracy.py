@@ -2,7 +2,8 @@
 
 One uniform start an example, which rests once it is misclassified; every image is counted. Batches, programs and
 verification are those of the cards: what the attack claims is judged by another program at another batch size, in
-float32 at the highest precision, and an image that left ball or box (in float64) counts as not attacked.
+float32 at the highest precision, and an image that is not finite or left ball or box (in float64) is an attack that
+failed, never a robust example.
 """
 
 import contextlib
@@ -37,8 +38,8 @@ class Judged:
 
     Attributes:
       natural: the attacked network is right on the clean image: bool [n].
-      robust: network k is right on the adversarial image: bool [K, n].
-      violations: adversarial images that left the ball or the box; they are the clean ones again.
+      robust: network k is right on the adversarial image, which is one: bool [K, n].
+      violations: adversarial images that are not finite or left ball or box; they are the clean ones again.
       adversarial: float32 [n, H, W, C].
     """
 
@@ -92,7 +93,7 @@ class Evaluator:
                 adversarial[outside] = images[outside]
                 natural = correct(self.programs.logits(attacked, images, n), labels)
                 said = [self.programs.logits(judge, adversarial, n, another=True) for judge in judges]
-                robust = np.stack([correct(logits, labels) for logits in said])
+                robust = np.stack([correct(logits, labels) & ~outside for logits in said])
                 yield Judged(natural, robust, int(outside.sum()), adversarial)
                 bar.update(len(images))
 

@@ -144,13 +144,15 @@ class Attacker:
     ) -> dict[str, np.ndarray]:
         """Which claims hold, bool [n], and of these the images; what is found of each, and how many failed."""
         n, labels = len(batch.index), self.examples.labels[batch.index]
-        held, finite = np.zeros(n, bool), np.isfinite(adversarial).all(axis=pixels(adversarial))
+        held, failed = np.zeros(n, bool), np.zeros(n, bool)
+        finite = np.isfinite(adversarial).all(axis=pixels(adversarial))
         margins, distance, prediction = np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(n, np.int32)
         if claimed.any():
             clean, moved, label = images[claimed], adversarial[claimed], labels[claimed]
             logits = self.logits(moved, another=True)
             finite[claimed] &= np.isfinite(logits).all(-1)
-            held[claimed] = ~correct(logits, label) & finite[claimed] & ~violations(threat, moved, clean)
+            inside = finite[claimed] & ~violations(threat, moved, clean)
+            held[claimed], failed[claimed] = ~correct(logits, label) & inside, ~inside
             margins[claimed], prediction[claimed] = margin(logits, label), np.argmax(logits, -1)
             distance[claimed] = threat.distance(moved.astype(np.float64), clean.astype(np.float64))
         return {
@@ -159,6 +161,7 @@ class Attacker:
             "margin": margins,
             "adversarial": adversarial[held],
             "distance": distance,
+            "failed": failed,
             "unverified": np.asarray(int((claimed & ~held).sum()), np.int32),
             "not_finite": np.asarray(int((~finite).sum()), np.int32),
         }

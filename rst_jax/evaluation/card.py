@@ -124,6 +124,8 @@ def evaluate(
     labels, n = np.asarray(labels), len(images)
     images = np.asarray(images) if hasattr(images, "__array__") or isinstance(images, list | tuple) else images
     ids, some = np.arange(n) if ids is None else np.asarray(ids), np.asarray(images[np.arange(min(n, 2))])
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     check_given(some, n, labels, ids, threat_model)
     start = key_data(key)
     classifier = of_function(logits_fn, some)
@@ -131,7 +133,7 @@ def evaluate(
     programs = Programs(_devices(classifier), batch_size)
     examples = examine(programs, classifier, images, labels, ids, threat_model)
     hindered = classifier.obstacle
-    suite = make_suite(attacks, threat_model, some[0].size, eps_l2=eps_l2, faithful=faithful, obstacle=hindered)
+    suite = make_suite(attacks, threat_model, some.shape[1:], eps_l2=eps_l2, faithful=faithful, obstacle=hindered)
     question = ask(programs, classifier, examples, threat_model, suite, start, dataset)
     return measure(programs, question, None if folder is None else Path(folder), keep_images)
 
@@ -220,7 +222,7 @@ def _record(question: Question, checks: list[Check], found: list[Evidence], curv
         checks = checks + _named(cascade.name, check_cascade(cascade, evidence, some.logits, some.labels))
     checks = checks + check_suite(suite.cascades, found)
     n, eps = len(curve[0].attack), [0.0, *(float(cascade.threat.eps) for cascade in suite.sweep)]
-    robust = [float(examples.right[:n].mean()), *(float(e.standing.mean()) for e in curve)]
+    robust = [float(examples.right[:n].mean()), *(float(e.robust.mean()) for e in curve)]
     checks = checks + _named("sweep", check_sweep(eps, robust, n, *curve))
     attack = described(suite.sweep[0].attacks[0], examples.logits.shape[-1])
     return CardRecord(
@@ -257,7 +259,7 @@ def _cascade_record(cascade: Cascade, e: Evidence, examples: Examples) -> Cascad
     several = len(rounds) == 1 and rounds[0] > 1
 
     def left(beaten: Iterable[np.ndarray]) -> list[float]:
-        return [float((attacked & ~(broken & early)).mean()) for early in beaten]
+        return [float((attacked & ~e.failed & ~(broken & early)).mean()) for early in beaten]
 
     return CascadeRecord(
         name=cascade.name,
@@ -265,9 +267,10 @@ def _cascade_record(cascade: Cascade, e: Evidence, examples: Examples) -> Cascad
         eps=float(cascade.threat.eps),
         attacks=[described(attack, classes) for attack in cascade.attacks],
         rounds=rounds,
-        robust=accuracy(e.standing),
+        robust=accuracy(e.robust),
         broken={attack.name: int((e.attack == k).sum()) for k, attack in enumerate(cascade.attacks)},
         unverified=int(e.unverified.sum()),
+        failed=int((e.standing & e.failed).sum()),
         fragile=ids[broken & (np.abs(e.margin) < _FRAGILE)].tolist(),
         median_distance=median if np.isfinite(median) else None,
         queries=int(e.queries.sum()),

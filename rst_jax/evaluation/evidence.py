@@ -85,6 +85,8 @@ class Evidence:
       queries, gradients: passes spent on it. flat: gradients that were zero.
       kept: in ascending order, the examples whose adversarial images are held here, [k].
       adversarial: these, float32 [k, H, W, C].
+      failed: some attack of it ended in an image that is not finite, has no finite logits, or left ball or box. What it
+        would have found is not known, so such an example is never called robust.
       unverified: claims that did not hold, of each attack. not_finite: images or logits that were not.
     """
 
@@ -102,6 +104,7 @@ class Evidence:
     flat: np.ndarray
     kept: np.ndarray
     adversarial: np.ndarray
+    failed: np.ndarray
     unverified: np.ndarray
     not_finite: np.ndarray
 
@@ -124,22 +127,29 @@ class Evidence:
             flat=np.zeros(n, np.int32),
             kept=np.zeros(0, np.int64),
             adversarial=np.zeros((0, *examples.image_shape), np.float32),
+            failed=np.zeros(n, bool),
             unverified=np.zeros(attacks, np.int32),
             not_finite=np.zeros(attacks, np.int32),
         )
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, np.ndarray]) -> "Evidence":
-        """What `vars` of another gave; a file of version 0.3 holds an adversarial image of every example."""
+        """What `vars` of another gave; a file of version 0.3 holds an adversarial image of every example, and no
+        failures."""
         if "kept" not in arrays:
             kept = np.flatnonzero(arrays["attack"] >= 0)[:SHOWN]
             arrays = {**arrays, "kept": kept, "adversarial": arrays["adversarial"][kept]}
-        return cls(**arrays)
+        return cls(**{"failed": np.zeros(len(arrays["attack"]), bool), **arrays})
 
     @property
     def standing(self) -> np.ndarray:
         """Which examples no attack has broken: bool [n]."""
         return self.attack == STANDING
+
+    @property
+    def robust(self) -> np.ndarray:
+        """Which examples no attack has broken, though every one could be run: bool [n]."""
+        return self.standing & ~self.failed
 
     def pending(self, attack: Attack) -> np.ndarray:
         """Whom an attack would meet now: their numbers, in order."""
@@ -163,6 +173,7 @@ class Evidence:
             np.add.at(getattr(self, name), index, done[name])
         for name in ("least", "closest"):
             np.fmin.at(getattr(self, name), index, done[name])
+        self.failed[index] |= done.get("failed", False)  # batches of version 0.3 do not tell
         held = np.flatnonzero(done["held"])
         broken, first = np.unique(index[held], return_index=True)
         new = self.standing[broken]

@@ -169,13 +169,7 @@ def check_given(some: np.ndarray, n: int, labels: np.ndarray, ids: np.ndarray, t
             raise ValueError(f"{name} must be integers [{n}], one an image; got {values.dtype} {list(values.shape)}.")
     if len(np.unique(ids)) < n or not (ids.min() >= -(2**31) and ids.max() < 2**31):
         raise ValueError("ids must be different integers of 32 bits, since random samples follow from them.")
-    reach = (threat.upper - threat.lower) * (1 if threat.norm == "linf" else some[0].size ** 0.5)
-    if not float(threat.eps) <= reach:
-        raise ValueError(
-            f"eps must be at most {reach:.4g}, where every image of [{threat.lower:g}, {threat.upper:g}] can be "
-            f"reached; got {float(threat.eps):g}. It is in the units of the images: eight of 255 levels are 8 / 255 "
-            "where images lie in [0, 1]."
-        )
+    threat.check_reach(some.shape[1:])
 
 
 def key_data(key: jax.Array | None) -> np.ndarray:

@@ -63,7 +63,7 @@ class Suite:
 def make_suite(
     attacks: str | Attack | Sequence[str | Attack],
     threat: ThreatModel,
-    pixels: int,
+    image_shape: tuple[int, ...],
     *,
     eps_l2: float = 0.5,
     faithful: bool = False,
@@ -74,7 +74,7 @@ def make_suite(
     Args:
       attacks: names of `ATTACKS`, "autoattack-l2", or "full"; or attacks themselves.
       threat: of all cascades but those that say L2.
-      pixels: values of an image; how far the sweep must go under L2 follows from it.
+      image_shape: [H, W, C]; how far the sweep must go under L2 follows from it.
       eps_l2: of the cascades that say L2, unless the threat model is L2 itself.
       faithful: keep the published attacks' quirks.
       obstacle: why attacks with gradients cannot be run, if they cannot.
@@ -93,7 +93,7 @@ def make_suite(
         cascades.append(cascade)
     if twice := sorted({c.name for c in cascades if sum(c.name == other.name for other in cascades) > 1}):
         raise ValueError(f"two different attacks are called {twice[0]!r}; a figure's name says what differs.")
-    return Suite(tuple(cascades), _sweep(threat, pixels, obstacle), faithful)
+    return Suite(tuple(cascades), _sweep(threat, image_shape, obstacle), faithful)
 
 
 def _known(name: str, threat: ThreatModel, eps_l2: float, faithful: bool) -> Cascade:
@@ -123,10 +123,9 @@ def _named(names: Sequence[str | Attack], threat: ThreatModel) -> list[str | Att
     return [name for name in dict.fromkeys(found) if name != "noise"] + ["noise"]
 
 
-def _sweep(threat: ThreatModel, pixels: int, obstacle: str) -> tuple[Cascade, ...]:
+def _sweep(threat: ThreatModel, image_shape: tuple[int, ...], obstacle: str) -> tuple[Cascade, ...]:
     """From a quarter of eps to where every image can be reached."""
-    width = threat.upper - threat.lower
-    whole = width if threat.norm == "linf" else width * pixels**0.5
+    whole = threat.reach(image_shape)
     radii = sorted({float(min(threat.eps * k, whole)) for k in (0.25, 0.5, 1, 1.5, 2, 4) if threat.eps} | {whole})
     attack: Attack = Square(steps=1000) if obstacle else APGD("ce")
     where = [dataclasses.replace(threat, eps=r) for r in radii]

@@ -1,7 +1,6 @@
 """Measuring what was drawn: the paper's measure of every ticket, a few images to look at, and evaluation cards."""
 
 import contextlib
-import math
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +81,7 @@ def cards(run: Run) -> None:
             run.say(f"{ticket.name}: the {c.evaluate.card} card")
             classifier = of_ticket(ticket)
             examples = examine(programs, classifier, images, images.labels, test.ids, threat)
-            suite = make_suite(c.evaluate.card, threat, math.prod(examples.image_shape))
+            suite = make_suite(c.evaluate.card, threat, examples.image_shape)
             question = ask(programs, classifier, examples, threat, suite, run.key("evaluate"), c.dataset)
             measure(programs, question, folder)
         if run.is_main:

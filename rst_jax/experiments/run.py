@@ -46,6 +46,7 @@ class Run:
         self.mesh = make_mesh()
         self.dataset = load_dataset(config)
         self.image_shape = self.dataset.train.images.shape[1:]
+        config.threat.check_reach(self.image_shape, "config: threat.eps")
         self.model = ModelSpec(config.model, self.dataset.num_classes, self.dataset.mean, self.dataset.std)
         self.store = TicketStore(workdir)
         batch_sizes(len(self.dataset.train), config.batch_size, self.mesh.size)

@@ -29,6 +29,7 @@ def row_cells(record: CardRecord) -> tuple[list[str], list[list[str]]]:
     for row in record.rows:
         by = ", ".join(f"{name} {count}" for name, count in row.broken.items() if count) or "-"
         by += f"; {row.unverified} not verified" if row.unverified else ""
+        by += f"; {row.failed} failed to run" if row.failed else ""
         by += f"; {len(row.fragile)} fragile" if row.fragile else ""
         by += f"; median L2 {row.median_distance:.4g}" if row.median_distance is not None else ""
         where = f"{row.norm} {radius(row.eps)}"

@@ -36,7 +36,7 @@ def _sentences(results: Results) -> list[str]:
         "PGD alone overestimates robustness."
     ]
     if violations := sum(record.violations for record in results.tickets):
-        told.append(f"{violations} adversarial images left the threat model and were not counted.")
+        told.append(f"{violations} adversarial images left the threat model; they do not count as robust.")
     if (r := results.r2s) and len(r.names) > 1:
         single = f"best single ticket ({r.best_single_name}) {100 * r.best_single:.1f} %"
         told.append(

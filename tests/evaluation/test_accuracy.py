@@ -97,7 +97,7 @@ def test_an_attack_that_leaves_the_ball_is_not_counted(some):
     _, robust, outside, adversarial = judged(evaluator, variables, [variables], split)
     assert outside == (split.ids % 2 == 1).sum() > 0
     np.testing.assert_array_equal(adversarial, split.scaled())
-    assert robust.all()
+    np.testing.assert_array_equal(robust[0], split.ids % 2 == 0)  # an attack that failed to run, not a robust example
 
 
 def test_violations_of_padding_are_not_counted(some):

@@ -317,7 +317,7 @@ def test_the_key_moves_random_starts_and_nothing_else():
 
 
 def cascades(names, threat):
-    return make_suite(names, threat, 25).cascades
+    return make_suite(names, threat, (5, 5, 1)).cascades
 
 
 def test_full_has_the_rows_of_a_card_in_both_norms():

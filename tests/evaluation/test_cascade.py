@@ -407,6 +407,8 @@ def test_a_claim_that_does_not_hold_is_not_counted_and_is_reported(kind):
     found = evidence(cascade=Cascade("lies", (Liar(kind), Noise(1)), threat))
     assert not (found.attack == 0).any()
     assert found.unverified[0] == N - 5
+    assert found.failed.sum() == (0 if kind == "clean" else N - 5)  # what failed to run is never called robust
+    assert (found.robust == (found.standing & ~found.failed)).all()
     assert found.not_finite[0] == (N - 5 if kind == "nan" else 0)
 
 
