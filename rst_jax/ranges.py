@@ -29,7 +29,7 @@ Count = Annotated[int, Range(0, 2**31 - 1)]
 Positive = Annotated[int, Range(1, 2**31 - 1)]
 Seed = Annotated[int, Range(0, 2**32, without=(2**32,))]
 Length = Annotated[float, Range(0, 1e4)]  # in image units: a radius or a step
-Rate = Annotated[float, Range(0, 1e4)]  # of learning, or of decay
+Rate = Annotated[float, Range(0, 1e38)]  # of learning, or of decay
 Minutes = Annotated[float, Range(0, 1e7)]
 Share = Annotated[float, Range(0, 1)]
 ShareBelowOne = Annotated[float, Range(0, 1, without=(1,))]
