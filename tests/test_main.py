@@ -262,7 +262,10 @@ def test_another_configuration_on_the_workdir_is_refused(finished, capsys, monke
         (["--config=configs/digit.py"], "did you mean 'digits.py'?"),
         (["--config=configs/digits.py", "--config.remaining_ratio=(0.1,)"], "did you mean 'remaining_ratios'?"),
         (["--config=configs/digits.py", "--config.threat.eps=8"], "threat.eps must be in [0, 1]; got 8.0"),
-        (["--config=configs/digits.py", "--config.remaining_ratios=(0.1,1.5)"], "remaining_ratios must be at most 1; got 1.5"),
+        (
+            ["--config=configs/digits.py", "--config.remaining_ratios=(0.1,1.5)"],
+            "ratios must be at most 1; got 1.5",
+        ),
         (["--config=configs/digits.py", "--config.epochs=many"], "epochs"),
         (["--config=configs/digits.py", "--workdri=x"], "no option --workdri; did you mean '--workdir'?"),
         (["draw"], "expected --config=FILE"),

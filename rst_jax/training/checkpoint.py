@@ -4,6 +4,8 @@ Layout below `checkpoints/`: `<network>/latest/<step>` and `<network>/best/<step
 renames, so a kill leaves the checkpoint before.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,12 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from rst_jax.records import digest
+from rst_jax.runtime.mesh import fetch
+from rst_jax.runtime.progress import Say
 from rst_jax.training.state import TicketState
+
+_DIGEST = "digest"  # of the state, beside the progress
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
@@ -20,65 +27,106 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
 
 
 class RunCheckpoints:
-    """The latest and best checkpoint of one run.
+    """The latest and best checkpoints of one run.
 
     A state is saved with its progress: plain values (epoch, best figure so far, ...), all that the loop needs to
-    go on. The best is always saved before the latest that speaks of it.
+    go on. The best is always saved before the latest that speaks of it, so that going on from any of the latest finds
+    its best. What is restored is compared with the digest of what was saved: Orbax reads a flipped bit without a word.
+
+    Args:
+      directory: of the run's checkpoints.
+      say: told of a checkpoint that cannot be used.
     """
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        # Two of the best: a kill may come after a new one is saved and before the latest that speaks of it.
-        self._latest, self._best = _manager(directory / "latest", 1), _manager(directory / "best", 2)
+    def __init__(self, directory: Path, say: Say = lambda text: None):
+        self.directory, self.say = directory, say
+        # One behind the latest; of the best those that they speak of, and one more, since a kill may come after a new
+        # one is saved and before the latest that speaks of it.
+        self._latest, self._best = _manager(directory / "latest", 2), _manager(directory / "best", 3)
 
     def save_latest(self, state: TicketState, progress: dict[str, Any]) -> None:
-        """Save the state after its step, replacing the one before; nothing where that step is saved already."""
+        """Save the state after its step; nothing where that step is saved already."""
         step = int(state.step)
         if step == self._latest.latest_step():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+        told = {**progress, _DIGEST: digest(fetch(state))}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(told))
         self._latest.save(step, args=args)
 
-    def save_best(self, state: TicketState) -> None:
-        """Save the state as the best so far."""
+    def save_best(self, state: TicketState) -> str:
+        """Save the state as the best so far; its digest, which the progress keeps."""
         step = int(state.step)
         self._best.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+        return digest(fetch(state))
 
     def restore_latest(self, like: TicketState) -> tuple[TicketState, dict[str, Any]] | None:
-        """The latest state and its progress, placed as `like`; None when there is none.
+        """The latest state that is as it was saved, as is the best it speaks of; None when there is none.
+
+        With its progress, and placed as `like`. Of those after it, which are broken, `say` is told.
 
         Raises:
-          ValueError: the checkpoint is broken or of another network; its folder is named.
+          ValueError: none of the checkpoints can be used; a folder is named.
         """
-        step = self._latest.latest_step()
-        for ahead in [s for s in self._best.all_steps() if s > (step or 0)]:
-            self._best.delete(ahead)  # of the stretch that is now run again
-        if step is None:
-            return None
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)), progress=ocp.args.JsonRestore())
-        try:
-            restored = self._latest.restore(step, args=args)
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise ValueError(
-                f"{self.directory / 'latest' / str(step)}: this checkpoint cannot be read ({error}). "
-                "Move its folder away to start this run again, or take a fresh --workdir."
-            ) from error
-        return restored.state, restored.progress
+        steps, faults = sorted(self._latest.all_steps(), reverse=True), list[str]()
+        for step in steps:
+            try:
+                state, progress = self._restored(step, like)
+            except ValueError as error:
+                faults.append(str(error))
+                continue
+            for fault, broken in zip(faults, steps, strict=False):
+                self.say(f"{fault} Going on from the one before, of step {step}.")
+                self._latest.delete(broken)
+            for ahead in [s for s in self._best.all_steps() if s > step]:
+                self._best.delete(ahead)  # of the stretch that is now run again
+            return state, progress
+        if faults:
+            raise ValueError(f"{faults[0]} Move its folder away to start this run again, or take a fresh --workdir.")
+        for ahead in self._best.all_steps():
+            self._best.delete(ahead)
+        return None
 
-    def restore_best(self, like: TicketState, step: int) -> TicketState:
-        """The best state, saved at `step`."""
+    def _restored(self, step: int, like: TicketState) -> tuple[TicketState, dict[str, Any]]:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)), progress=ocp.args.JsonRestore())
+        with _named(self.directory / "latest" / str(step)):
+            restored = self._latest.restore(step, args=args)
+            progress = dict(restored.progress)
+            _compare(restored.state, progress.pop(_DIGEST, ""))
+        if (best := progress.get("best_step", -1)) >= 0:
+            self.restore_best(like, best, progress.get("best_digest", ""))
+        return restored.state, progress
+
+    def restore_best(self, like: TicketState, step: int, saved: str = "") -> TicketState:
+        """The best state, saved at `step` with this digest ("" where an older version told none).
+
+        Raises:
+          ValueError: it is not what was saved; its folder is named. (Going on from `restore_latest` makes it again.)
+        """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
-        try:
-            return self._best.restore(step, args=args).state
-        except Exception as error:  # as above
-            raise ValueError(
-                f"{self.directory / 'best' / str(step)}: this checkpoint cannot be read ({error})."
-            ) from error
+        with _named(self.directory / "best" / str(step)):
+            state = self._best.restore(step, args=args).state
+            _compare(state, saved)
+        return state
 
     def close(self) -> None:
         """Wait for Orbax and release its threads."""
         self._latest.close()
         self._best.close()
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong within it, as a sentence with the folder's name."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        told = " ".join(str(error).split())
+        raise ValueError(f"{folder}: this checkpoint cannot be used ({told[:300]}).") from error
+
+
+def _compare(state: TicketState, saved: str) -> None:
+    if saved and digest(fetch(state)) != saved:
+        raise ValueError("it is not what was saved: its digest is another")
 
 
 def _abstract(tree: PyTree) -> PyTree:

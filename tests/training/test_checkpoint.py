@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,5 +30,63 @@ def test_checkpoints_keep_the_latest_and_the_best(tmp_path):
     for file in (tmp_path / "run" / "latest").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"latest.3: this checkpoint cannot be read"):
+    with pytest.raises(ValueError, match=r"latest.3: this checkpoint cannot be used"):
         RunCheckpoints(tmp_path / "run").restore_latest(state(0, 0.0))
+
+
+def flipped(folder, rng):
+    """One bit of one of the files of arrays below a folder, drawn by their sizes."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size]
+    sizes = np.array([file.stat().st_size for file in files], float)
+    file = files[rng.choice(len(files), p=sizes / sizes.sum())]
+    raw = bytearray(file.read_bytes())
+    raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("which", ["latest", "best"])
+def test_a_flipped_bit_leads_back_to_the_checkpoint_before(tmp_path, which):
+    def state(step):
+        noise = np.random.default_rng(step).standard_normal((40, 50)).astype(np.float32)
+        tree = {"a": jnp.asarray(noise)}
+        return TicketState(jnp.int32(step), tree, tree, {}, (tree, jnp.int32(step)))
+
+    def progress(step, best, saved):
+        return {"best_step": best, "best_digest": saved, "pending": [], "epoch": step}
+
+    def filled(folder):
+        store = RunCheckpoints(folder)
+        for step in (1, 2, 3):
+            saved = store.save_best(state(step))
+            store.save_latest(state(step), progress(step, step, saved))
+        store.close()
+
+    back = 0
+    for seed in range(12):
+        filled(tmp_path / str(seed))
+        flipped(tmp_path / str(seed) / which / "3", np.random.default_rng(seed))
+        told = []
+        store = RunCheckpoints(tmp_path / str(seed), told.append)
+        latest, kept = store.restore_latest(state(0))
+        step = int(latest.step)
+        assert kept == progress(step, step, kept["best_digest"])
+        for now in (latest, store.restore_best(state(0), step, kept["best_digest"])):  # whatever it is, it is that
+            jax.tree.map(np.testing.assert_array_equal, now, state(step))
+        back += step == 2
+        assert len(told) == (step == 2)
+        assert all(f"{which}/3: this checkpoint cannot be used" in text and "of step 2" in text for text in told)
+        if step == 2:  # the stretch is run again
+            store.save_latest(state(3), progress(3, 3, store.save_best(state(3))))
+        assert int(store.restore_latest(state(0))[0].step) == 3
+        store.close()
+    assert back >= 6  # the others hit what Orbax does not read
+
+
+def test_a_checkpoint_without_a_digest_is_that_of_an_older_version(tmp_path):
+    tree = {"a": jnp.ones(3)}
+    store = RunCheckpoints(tmp_path)
+    store.save_best(state := TicketState(jnp.int32(1), tree, tree, {}, ()))
+    assert int(store.restore_best(state, 1).step) == 1
+    with pytest.raises(ValueError, match="it is not what was saved"):
+        store.restore_best(state, 1, "another")
+    store.close()
