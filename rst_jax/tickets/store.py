@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from rst_jax import subnet
 from rst_jax.models import ModelSpec
+from rst_jax.runtime.files import make_folder
 from rst_jax.runtime.mesh import from_main, is_main
 from rst_jax.tickets.file import load_ticket, origin_of, save_ticket
 from rst_jax.tickets.ticket import Ticket
@@ -91,6 +92,7 @@ def save_tickets(directory: Path, params: PyTree, tickets: Sequence[Ticket]) -> 
         "image_shape": list(tickets[0].image_shape),
         "tickets": told,
     }
+    make_folder(directory.parent)
     new, old = (directory.with_name(f".{directory.name}-{age}") for age in ("new", "old"))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(

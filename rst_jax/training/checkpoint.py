@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from rst_jax.runtime.files import make_folder
 from rst_jax.training.state import TicketState
 
 
@@ -28,6 +29,7 @@ class RunCheckpoints:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        make_folder(directory)
         # Two of the best: a kill may come after a new one is saved and before the latest that speaks of it.
         self._latest, self._best = _manager(directory / "latest", 1), _manager(directory / "best", 2)
 
@@ -51,6 +53,9 @@ class RunCheckpoints:
           ValueError: the checkpoint is broken or of another network; its folder is named.
         """
         step = self._latest.latest_step()
+        for manager, keep in ((self._latest, 1), (self._best, 2)):
+            for old in sorted(manager.all_steps())[:-keep]:
+                manager.delete(old)  # a kill came while it was removed
         for ahead in [s for s in self._best.all_steps() if s > (step or 0)]:
             self._best.delete(ahead)  # of the stretch that is now run again
         if step is None:
