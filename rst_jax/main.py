@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from rst_jax.runtime import preemption
+from rst_jax.runtime import preemption, work
 from rst_jax.runtime.preemption import EXIT_CODE as GOES_ON
 from rst_jax.runtime.preemption import Preempted
 from rst_jax.runtime.work import Failed, Lost
@@ -33,6 +33,7 @@ _ENDS: tuple[tuple[tuple[type[BaseException], ...], int, str], ...] = (
 def main(argv: list[str] | None = None) -> None:
     """Run the command; ends the process with its exit code."""
     preemption.catch(_end)
+    work.quiet()
     sys.exit(run_command(sys.argv if argv is None else argv))
 
 
@@ -76,7 +77,6 @@ def _draw(arguments: Sequence[str]) -> None:
     """A run, or the points of a sweep."""
     from rst_jax.cli import draw as command
     from rst_jax.experiments import draw, sweep
-    from rst_jax.runtime import work
 
     asked = command.read(arguments)
     file = asked.file

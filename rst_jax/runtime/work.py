@@ -5,9 +5,11 @@ Nothing heavy is imported here before it is needed.
 
 import contextlib
 import ctypes
+import logging
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +19,27 @@ from rst_jax.runtime.preemption import EXIT_CODE
 
 _LOST_AFTER = 60  # seconds without a sign of life from a process, after which the others end
 _LOST = "another process was lost{}; start all of them again."
+_LONG = 300  # letters
 _kept: list[Any] = []  # what C calls
+
+
+def quiet() -> None:
+    """Keep other libraries from telling errors, with tracebacks of all their threads: what they raise is told once."""
+    from absl import logging as absl
+
+    for logger in (absl.get_absl_logger(), logging.getLogger("asyncio")):
+        logger.addFilter(lambda record: False)
+    sys.unraisablehook = lambda unraisable: None  # of TensorStore's threads
+
+
+def cause(error: BaseException) -> str:
+    """What another library raised, in few words: the operating system's, or the first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first if len(first) < _LONG else f"{first[:_LONG]} ..."
 
 
 class Failed(Exception):
@@ -44,10 +66,11 @@ def at_work(
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
-            raise Failed(str(error)) from error
-        raise Lost(_LOST.format(f" ({error})")) from error
+            raise Failed(cause(error)) from error
+        raise Lost(_LOST.format(f" ({cause(error)})")) from error
     except kinds as error:
-        raise Failed(f"{error}{advice}") from error
+        told = cause(error) if isinstance(error, OSError) else error
+        raise Failed(f"{told}{advice}") from error
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -73,11 +96,11 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
         with ThreadPoolExecutor(1) as waiting:  # in another thread, since a signal is heard only in Python
             waiting.submit(jax.distributed.initialize, **where, heartbeat_timeout_seconds=_LOST_AFTER).result()
     except RuntimeError as error:
-        raise Lost(f"the processes could not join at {coordinator}: {error}") from error
+        raise Lost(f"the processes could not join at {coordinator}: {cause(error)}") from error
     except Exception as error:  # each kind of cluster misses its own things
         raise ValueError(
-            f"--coordinator={coordinator}: no cluster tells who takes part ({error}); take --coordinator=HOST:PORT "
-            "with --num_processes and --process_id, or none of them for one process."
+            f"--coordinator={coordinator}: no cluster tells who takes part ({cause(error)}); take "
+            "--coordinator=HOST:PORT with --num_processes and --process_id, or none of them for one process."
         ) from error
     _end_as_lost()
 
@@ -122,7 +145,7 @@ def find_devices() -> None:
     except RuntimeError as error:
         asked = os.environ.get("JAX_PLATFORMS")
         hint = f"JAX_PLATFORMS={asked} cannot be had here" if asked else "no device can be used"
-        raise ValueError(f"{hint}: {str(error).splitlines()[0].rstrip('.')}.") from error
+        raise ValueError(f"{hint}: {cause(error).rstrip('.')}.") from error
 
 
 def keep_programs(folder: str) -> None:

@@ -4,6 +4,8 @@ Layout below `checkpoints/`: `<network>/latest/<step>` and `<network>/best/<step
 renames, so a kill leaves the checkpoint before.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from rst_jax.runtime.files import make_folder
+from rst_jax.runtime.work import cause
 from rst_jax.training.state import TicketState
 
 
@@ -39,12 +42,14 @@ class RunCheckpoints:
         if step == self._latest.latest_step():
             return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
-        self._latest.save(step, args=args)
+        with _writing(self.directory / "latest"):
+            self._latest.save(step, args=args)
 
     def save_best(self, state: TicketState) -> None:
         """Save the state as the best so far."""
         step = int(state.step)
-        self._best.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+        with _writing(self.directory / "best"):
+            self._best.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
 
     def restore_latest(self, like: TicketState) -> tuple[TicketState, dict[str, Any]] | None:
         """The latest state and its progress, placed as `like`; None when there is none.
@@ -65,7 +70,7 @@ class RunCheckpoints:
             restored = self._latest.restore(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise ValueError(
-                f"{self.directory / 'latest' / str(step)}: this checkpoint cannot be read ({error}). "
+                f"{self.directory / 'latest' / str(step)}: this checkpoint cannot be read ({cause(error)}). "
                 "Move its folder away to start this run again, or take a fresh --workdir."
             ) from error
         return restored.state, restored.progress
@@ -77,13 +82,23 @@ class RunCheckpoints:
             return self._best.restore(step, args=args).state
         except Exception as error:  # as above
             raise ValueError(
-                f"{self.directory / 'best' / str(step)}: this checkpoint cannot be read ({error})."
+                f"{self.directory / 'best' / str(step)}: this checkpoint cannot be read ({cause(error)})."
             ) from error
 
     def close(self) -> None:
         """Wait for Orbax and release its threads."""
         self._latest.close()
         self._best.close()
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # of other processes
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise OSError(f"{folder}: the checkpoint could not be written ({cause(error)}).") from error
 
 
 def _abstract(tree: PyTree) -> PyTree:
