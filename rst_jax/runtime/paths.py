@@ -19,4 +19,4 @@ def local_path(written: str | Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError:
-        raise ValueError(f"{written}: there is no home {path.parts[0]}; write the whole path.") from None
+        raise ValueError(f"{written}: nobody knows the home folder {path.parts[0]}; write the whole path.") from None

@@ -4,14 +4,11 @@ Nothing heavy is imported here before it is needed.
 """
 
 import contextlib
-import ctypes
-import logging
 import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rst_jax.runtime.paths import local_path
@@ -25,6 +22,8 @@ _kept: list[Any] = []  # what C calls
 
 def quiet() -> None:
     """Keep other libraries from telling errors, with tracebacks of all their threads: what they raise is told once."""
+    import logging
+
     from absl import logging as absl
 
     for logger in (absl.get_absl_logger(), logging.getLogger("asyncio")):
@@ -87,9 +86,9 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
         if num_processes is not None or process_id is not None:
             raise ValueError("--num_processes and --process_id need --coordinator=HOST:PORT.")
         return
-    where: dict[str, Any] = {}
-    if coordinator != "auto":
-        where = _where(coordinator, num_processes, process_id)
+    where = _where(coordinator, num_processes, process_id)
+    from concurrent.futures import ThreadPoolExecutor
+
     import jax
 
     try:
@@ -106,7 +105,10 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
 
 
 def _where(coordinator: str, num_processes: int | None, process_id: int | None) -> dict[str, Any]:
-    """As `jax.distributed.initialize` takes it."""
+    """As `jax.distributed.initialize` takes it; what is None the cluster tells."""
+    where = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if coordinator == "auto":
+        return where | {"coordinator_address": None}
     host, _, port = coordinator.rpartition(":")
     if not (host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16):
         raise ValueError(f"expected --coordinator=HOST:PORT, as localhost:12345, or auto; got {coordinator!r}.")
@@ -116,11 +118,12 @@ def _where(coordinator: str, num_processes: int | None, process_id: int | None) 
         raise ValueError(
             f"--process_id must lie in 0 to --num_processes - 1; got {process_id} of {num_processes} processes."
         )
-    return {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    return where
 
 
 def _end_as_lost() -> None:
     """Let an abort end the process as `Lost` does: JAX aborts in C++ when it hears that another process died."""
+    import ctypes
 
     def lost(_: int) -> None:
         os.write(2, f"rst_jax: {_LOST.format('')}\n".encode())
@@ -142,10 +145,11 @@ def find_devices() -> None:
 
     try:
         jax.devices()
-    except RuntimeError as error:
+    except Exception as error:  # each platform raises its own
         asked = os.environ.get("JAX_PLATFORMS")
         hint = f"JAX_PLATFORMS={asked} cannot be had here" if asked else "no device can be used"
-        raise ValueError(f"{hint}: {cause(error).rstrip('.')}.") from error
+        told = cause(error).rstrip(".") if str(error) else "JAX finds no such device"
+        raise ValueError(f"{hint}: {told}.") from error
 
 
 def keep_programs(folder: str) -> None:
