@@ -23,7 +23,7 @@ from rst_jax.experiments.run import DENSE, Run, name_of
 from rst_jax.records import TicketRecord, read_json
 from rst_jax.reports import paper
 from rst_jax.runtime import preemption
-from rst_jax.runtime.files import write_json
+from rst_jax.runtime.files import guarded, write_json
 from rst_jax.runtime.mesh import from_main, is_main, on_main
 from rst_jax.runtime.progress import Say, make_say
 from rst_jax.runtime.work import Failed, at_work
@@ -142,13 +142,20 @@ def work(sweep: Sweep, taken: list[Point]) -> None:
       Failed: points failed; they are named.
     """
     with at_work(()):  # of the errors outside a point, a lost process alone
-        _work(sweep, taken, make_say(is_main()))
+        say = make_say(is_main())
+        check(sweep, taken)
+        with _held(sweep):
+            pass
+        with guarded(sweep.workdir, lambda: _see(sweep)):
+            _work(sweep, taken, say)
+
+
+def _see(sweep: Sweep) -> None:
+    if is_main() and not (sweep.workdir / "sweep.json").exists():
+        raise Failed(f"workdir {sweep.workdir} was removed while this process worked in it.")
 
 
 def _work(sweep: Sweep, taken: list[Point], say: Say) -> None:
-    check(sweep, taken)
-    with _held(sweep):
-        pass
     by_name = {point.name: point for point in sweep.points}
     failed: list[str] = []
     told = ""
@@ -234,11 +241,7 @@ def _draw(sweep: Sweep, point: Point, say: Say) -> bool:
 
 
 def _taken(claim: Claim, held: contextlib.ExitStack) -> bool:
-    """Hold a folder, unless another process does.
-
-    Raises:
-      ValueError: it is refused for another reason.
-    """
+    """Hold a folder, unless another process does; what refuses it otherwise is raised."""
     try:
         held.enter_context(claim.held())
     except (ValueError, OSError) as error:

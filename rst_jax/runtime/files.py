@@ -18,31 +18,33 @@ import numpy as np
 
 # What a killed process leaves: a file or folder of `whole` or `save_tickets`, or one of Orbax.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}|\..+[.-](new|old)|.+\.orbax-checkpoint-tmp(-\d+)?")
-_guards: dict[Path, Callable[[], None]] = {}  # of folders that are held
+_guards: list[tuple[Path, Callable[[], None]]] = []  # of folders that are held, each inside those before it
 
 
 @contextlib.contextmanager
 def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
     """Within it, `check` is called before anything is written below the folder; it may raise."""
-    _guards[folder.absolute()] = check
+    guard = folder.absolute(), check
+    _guards.append(guard)
     try:
         yield
     finally:
-        del _guards[folder.absolute()]
+        _guards.remove(guard)
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder to write to; one that is guarded refuses, or is there: it is never made again."""
-    held = [above for above in _guards if folder.absolute().is_relative_to(above)]
-    for above in held:
-        _guards[above]()
-    if not held:
+    folder, held = folder.absolute(), None
+    for above, check in list(_guards):
+        if folder.is_relative_to(above):
+            check()
+            held = above
+    if held is None:
         folder.mkdir(parents=True, exist_ok=True)
         return
-    (base,) = held[-1:]
-    for part in folder.absolute().relative_to(base).parts:
-        base /= part
-        base.mkdir(exist_ok=True)
+    for part in folder.relative_to(held).parts:
+        held /= part
+        held.mkdir(exist_ok=True)
 
 
 @contextlib.contextmanager

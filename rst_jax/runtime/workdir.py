@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rst_jax.runtime import preemption
-from rst_jax.runtime.files import clear_temporary, guarded, write_json
+from rst_jax.runtime.files import clear_temporary, guarded, make_folder, write_json
 from rst_jax.runtime.mesh import from_main, is_main, on_main
 from rst_jax.runtime.progress import tell
 from rst_jax.runtime.work import Failed
@@ -108,7 +108,7 @@ class Claim:
 
     def _lock(self, held: contextlib.ExitStack, word: str) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             lock = held.enter_context(_open(self.folder / ".lock", os.O_RDWR | os.O_CREAT))
             if _lock(lock, fcntl.LOCK_EX):
                 clear_temporary(self.folder)
