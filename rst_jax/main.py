@@ -6,10 +6,11 @@ are not right, and nothing was touched; 75 stopped before the end, by SIGTERM, b
 another process was lost, and the same command goes on.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-from rst_jax.config import near
+from rst_jax.runtime import preemption, work
 from rst_jax.runtime.preemption import EXIT_CODE as GOES_ON
 from rst_jax.runtime.preemption import Preempted
 from rst_jax.runtime.work import Failed, Lost
@@ -31,7 +32,22 @@ _ENDS: tuple[tuple[tuple[type[BaseException], ...], int, str], ...] = (
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; ends the process with its exit code."""
+    preemption.catch(_end)
+    work.quiet()
     sys.exit(run_command(sys.argv if argv is None else argv))
+
+
+def _end(error: BaseException) -> None:
+    """End the process at once, wherever it is."""
+    code, told = _ending(error)
+    os.write(2, told.encode())
+    os._exit(code)
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    """The exit code, and the sentence."""
+    code, says = next((code, says) for kinds, code, says in _ENDS if isinstance(error, kinds))
+    return code, f"rst_jax: {says.format(error)}\n"
 
 
 def run_command(argv: list[str]) -> int:
@@ -43,14 +59,16 @@ def run_command(argv: list[str]) -> int:
         elif first in WORDS:
             WORDS[first][1](rest)
         elif first and first[0] != "-":
+            from rst_jax.config import near
+
             raise ValueError(f"there is no word {first!r}; {near(first, WORDS, '--help lists them.')}")
         else:
             _draw(argv[1:])
     except SystemExit as done:  # --help of a word
         return int(done.code or 0)
     except tuple(kind for kinds, _, _ in _ENDS for kind in kinds) as error:
-        code, says = next((code, says) for kinds, code, says in _ENDS if isinstance(error, kinds))
-        print(f"rst_jax: {says.format(error)}", file=sys.stderr)
+        code, told = _ending(error)
+        print(told, end="", file=sys.stderr)
         return code
     return 0
 
@@ -59,7 +77,6 @@ def _draw(arguments: Sequence[str]) -> None:
     """A run, or the points of a sweep."""
     from rst_jax.cli import draw as command
     from rst_jax.experiments import draw, sweep
-    from rst_jax.runtime import preemption, work
 
     asked = command.read(arguments)
     file = asked.file
@@ -67,6 +84,7 @@ def _draw(arguments: Sequence[str]) -> None:
     config = points[0].config if points else file.config()
     taken = sweep.take(points, asked.sweep_index)
     work.connect(asked.coordinator, asked.num_processes, asked.process_id)
+    work.find_devices()
     preemption.listen(asked.minutes)
     work.keep_programs(config.compilation_cache)
     if points:

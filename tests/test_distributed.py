@@ -62,7 +62,7 @@ def ended(*processes):
 def final_state(workdir):
     import orbax.checkpoint as ocp
 
-    folder = next((workdir / "checkpoints" / "ratio-0.3" / "latest").iterdir())
+    folder = max((workdir / "checkpoints" / "ratio-0.3" / "latest").iterdir(), key=lambda path: int(path.name))
     with ocp.PyTreeCheckpointer() as checkpointer:  # as NumPy arrays: the devices that saved it are not here
         saved = checkpointer.metadata(folder / "state").item_metadata.tree
         as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)

@@ -114,7 +114,7 @@ def final_state(workdir, name):
     """Every array of the latest checkpoint, by its path."""
     import orbax.checkpoint as ocp
 
-    folder = next((workdir / "checkpoints" / name / "latest").iterdir())
+    folder = max((workdir / "checkpoints" / name / "latest").iterdir(), key=lambda path: int(path.name))
     tree = ocp.StandardCheckpointer().restore(folder / "state")
     import jax
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from rst_jax import config as config_lib
 from rst_jax.config import Config, near
+from rst_jax.runtime.paths import local_path
 
 SMOKE = "smoke"
 
@@ -74,10 +75,10 @@ def load(named: str, typed: Mapping[str, Any]) -> ConfigFile:
     Raises:
       ValueError: there is no such file or it does not say what is asked; in one sentence.
     """
-    path, colon, variant = Path(named), "", ""
+    path, colon, variant = local_path(named), "", ""
     if not path.is_file():
         text, colon, variant = named.rpartition(":")
-        path = Path(text if colon else named)
+        path = local_path(text if colon else named)
     if not path.is_file():
         raise ValueError(f"there is no config file {path}; {_near_file(path)}")
     if colon and variant != SMOKE:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rst_jax.cli.config_file import ConfigFile
 from rst_jax.cli.options import Parser, add_sweep_index, config_file, sweep_index, within
 from rst_jax.ranges import Count, Minutes, Positive
+from rst_jax.runtime.paths import local_path
 
 _DESCRIPTION = """Draw tickets and measure them, or do parts of that. Started again it goes on where it stopped.
 
@@ -59,7 +60,7 @@ def read(arguments: Sequence[str]) -> Asked:
         raise ValueError(f"{file.path} defines no sweep(), of which --config.sweep_index would take a point.")
     return Asked(
         file=file,
-        workdir=Path(o.workdir or f"runs/{file.name}"),
+        workdir=local_path(o.workdir or f"runs/{file.name}"),
         sweep_index=sweep_index(o),
         minutes=o.minutes,
         coordinator=o.coordinator,

@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rst_jax.cli.options import Parser, refuse_unused, within
 from rst_jax.ranges import Count, Length, Positive, Seed
 from rst_jax.runtime import preemption, work
 from rst_jax.runtime.mesh import split_cpu
+from rst_jax.runtime.paths import local_path
 from rst_jax.threat import ThreatModel
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def _replay(o: argparse.Namespace) -> None:
     others = [name for name in vars(o) if name not in ("ticket", "name", "replay", "typed")]
     refuse_unused(o, others, "--replay classifies the images of a card as they are")
     split_cpu()
+    work.find_devices()
     ticket = _ticket(o.ticket, o.name)
     print(f"{ticket.name} ({ticket.digest[:12]}) on the images of {o.replay}:")
     for row, (right, n) in replay(ticket, o.replay).items():
@@ -73,6 +74,7 @@ def _evaluate(o: argparse.Namespace) -> None:
     from rst_jax.reports.card import write_card_page
 
     split_cpu()
+    work.find_devices()
     ticket = _ticket(o.ticket, o.name)
     if not o.dataset:
         raise ValueError("expected --dataset: digits, npz or a TFDS name.")
@@ -92,7 +94,7 @@ def _evaluate(o: argparse.Namespace) -> None:
     stem = ticket.name
     asked = [stem, ticket.digest[:8], o.dataset, o.attacks.replace(",", "+"), o.norm, f"{o.eps:.4g}"]
     asked += [f"first{o.examples}"] * bool(o.examples) + [f"seed{o.seed}"] * bool(o.seed) + ["faithful"] * o.faithful
-    out = Path(o.out or f"cards/{'-'.join(asked)}")
+    out = local_path(o.out or f"cards/{'-'.join(asked)}")
     preemption.listen()
     card = evaluate(
         ticket,
@@ -116,7 +118,7 @@ def _ticket(path: str, name: str) -> "Ticket":
     from rst_jax.tickets.file import load_ticket
     from rst_jax.tickets.r2s import load_r2s
 
-    folder = Path(path)
+    folder = local_path(path)
     if not folder.is_dir():
         if name:
             raise ValueError(f"--name has no effect here: {path} is one ticket; leave it out.")

@@ -1,10 +1,10 @@
 """`plan`: what a configuration will cost on TPUs or GPUs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rst_jax.cli.options import Parser, config_file
 from rst_jax.runtime.files import write_json
+from rst_jax.runtime.paths import local_path
 
 _DESCRIPTION = """Compiles the search step for a TPU topology without a TPU (needs libtpu: pip install "jax[tpu]";
 minutes) and predicts memory, collectives, times and chip-hours from published rates. For GPUs (--topology=h200:8) by
@@ -31,4 +31,4 @@ def run(arguments: Sequence[str]) -> None:
     made = plan.make_plan(config, o.topology)
     print(plan.plan_text(made))
     if o.json:
-        write_json(Path(o.json), plan.to_dict(made))
+        write_json(local_path(o.json), plan.to_dict(made))

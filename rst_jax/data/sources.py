@@ -15,6 +15,7 @@ from rst_jax.data.catalog import CATALOG
 from rst_jax.data.stream import EncodedImages, streamed_split
 from rst_jax.records import digest
 from rst_jax.runtime.files import read_arrays
+from rst_jax.runtime.paths import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +150,8 @@ def load_test(name: str, data_dir: str, data_path: str, examples: int = 0) -> Sp
 def _splits(name: str, data_dir: str, data_path: str) -> tuple[Split, Split, tuple[str, ...]]:
     """Training and test images, and the classes' names: their numbers, if nothing else is known."""
     if name not in ("digits", "npz"):
-        return _tfds(name, Path(data_dir).expanduser())
-    train, test = _digits() if name == "digits" else _npz(Path(data_path).expanduser())
+        return _tfds(name, local_path(data_dir))
+    train, test = _digits() if name == "digits" else _npz(local_path(data_path))
     classes = 1 + max(int(split.labels.max()) for split in (train, test) if split.labels is not None)
     return train, test, tuple(str(i) for i in range(classes))
 

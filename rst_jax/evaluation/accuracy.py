@@ -25,7 +25,7 @@ from rst_jax.evaluation.programs import Programs, violations
 from rst_jax.losses import correct
 from rst_jax.records import PRECISION, AttackRecord, TicketRecord, accuracy, provenance
 from rst_jax.runtime.mesh import fetch, on_cpu, replicate
-from rst_jax.runtime.progress import progress
+from rst_jax.runtime.progress import Progress
 from rst_jax.threat import ThreatModel
 from rst_jax.tickets.ticket import Ticket
 
@@ -86,7 +86,7 @@ class Evaluator:
         n = len(split)
         size = self.programs.sizes(n)[-1]
         batches = prefetched((split.batch(slice(first, first + size)) for first in range(0, n, size)), _AHEAD)
-        with contextlib.closing(batches), progress(n, 0, self.attack_record.name, "image") as bar:
+        with contextlib.closing(batches), Progress(n, 0, self.attack_record.name, "images") as bar:
             for images, labels, ids in batches:
                 adversarial = self.attacked(attacked, images, labels, ids, size)
                 outside = violations(self.threat, adversarial, images)

@@ -32,6 +32,7 @@ from rst_jax.records import PRECISION, CardRecord, CascadeRecord, Check, Curve, 
 from rst_jax.reports.card import card_text
 from rst_jax.runtime.files import arrays_in_pieces, write_arrays, write_json
 from rst_jax.runtime.mesh import from_main, is_main, make_mesh
+from rst_jax.runtime.paths import local_path
 from rst_jax.threat import ThreatModel
 
 _FRAGILE = 1e-4
@@ -121,7 +122,7 @@ def evaluate(
       ValueError: images, labels, ids, key, radius, logits or names that are not right, or a folder that holds another
         evaluation or is in use.
     """
-    labels, n = np.asarray(labels), len(images)
+    labels, n, folder = np.asarray(labels), len(images), None if folder is None else local_path(folder)
     images = np.asarray(images) if hasattr(images, "__array__") or isinstance(images, list | tuple) else images
     ids, some = np.arange(n) if ids is None else np.asarray(ids), np.asarray(images[np.arange(min(n, 2))])
     if batch_size < 1:
@@ -135,7 +136,7 @@ def evaluate(
     hindered = classifier.obstacle
     suite = make_suite(attacks, threat_model, some.shape[1:], eps_l2=eps_l2, faithful=faithful, obstacle=hindered)
     question = ask(programs, classifier, examples, threat_model, suite, start, dataset)
-    return measure(programs, question, None if folder is None else Path(folder), keep_images)
+    return measure(programs, question, folder, keep_images)
 
 
 def measure(programs: Programs, question: Question, folder: Path | None = None, keep_images: bool = False) -> Card:
@@ -160,8 +161,13 @@ def measure(programs: Programs, question: Question, folder: Path | None = None, 
         curve = [ran(cascade, False) for cascade in question.suite.sweep]
         card = Card(_record(question, checks, found, curve), found, question.examples)
         if folder and is_main():
-            if images and keep:
-                _keep(images, question, found)
+            files = [
+                ImageFile(folder / "rows" / cascade.folder / "adversarial.npy") for cascade in question.suite.cascades
+            ]
+            if keep:
+                _keep(folder / "adversarials.npz", question, found, files)
+            for file in files:
+                file.path.unlink(missing_ok=True)
             card.save(folder)
     return card
 
@@ -183,7 +189,7 @@ def replay(logits_fn: LogitsFn, folder: str | Path) -> dict[str, tuple[float, in
     Raises:
       ValueError: the card kept no images, or the classifier takes others.
     """
-    path = Path(folder) / "adversarials.npz"
+    path = local_path(folder) / "adversarials.npz"
     if not path.exists():
         raise ValueError(f"{path}: there are no adversarial images; evaluate with keep_images (--keep_images).")
     with arrays_in_pieces(path, 2) as arrays:
@@ -204,14 +210,11 @@ def _devices(classifier: Classifier) -> Mesh:
     return make_mesh() if classifier.traced else make_mesh(jax.devices()[:1])
 
 
-def _keep(path: Path, question: Question, found: list[Evidence]) -> None:
-    """Write adversarials.npz from the files of the cascades, which it takes the place of."""
-    files = [ImageFile(path.parent / "rows" / c.folder / "adversarial.npy") for c in question.suite.cascades]
+def _keep(path: Path, question: Question, found: list[Evidence], files: list[ImageFile]) -> None:
+    """Write adversarials.npz from the files of the cascades."""
     names = [f"{cascade.name}/{cascade.threat.norm}" for cascade in question.suite.cascades]
     broken = [(e.attack >= 0, file) for e, file in zip(found, files, strict=True)]
     write_images(path, question.examples, dict(zip(names, broken, strict=True)))
-    for file in files:
-        file.path.unlink(missing_ok=True)
 
 
 def _record(question: Question, checks: list[Check], found: list[Evidence], curve: list[Evidence]) -> CardRecord:

@@ -23,7 +23,7 @@ from rst_jax.evaluation.images import ImageFile
 from rst_jax.runtime import preemption
 from rst_jax.runtime.files import read_arrays, write_arrays
 from rst_jax.runtime.mesh import from_main, is_main
-from rst_jax.runtime.progress import progress
+from rst_jax.runtime.progress import Progress
 from rst_jax.threat import ThreatModel
 
 
@@ -65,6 +65,7 @@ def run(attacker: Attacker, cascade: Cascade, folder: Path | None = None, keep_i
     if file and whole and not file.path.exists():  # what lies there was made without
         whole.unlink(missing_ok=True)
     if kept := _kept(whole):
+        _clear(folder)
         return Evidence.of_arrays(kept)
     if file:
         file.make((len(examples), *examples.image_shape))
@@ -78,8 +79,14 @@ def run(attacker: Attacker, cascade: Cascade, folder: Path | None = None, keep_i
             bar.update(batch)
     if whole and is_main():
         write_arrays(whole, vars(evidence))
-        shutil.rmtree(whole.parent / "batches", ignore_errors=True)
+    _clear(folder)
     return evidence
+
+
+def _clear(folder: Path | None) -> None:
+    """Remove the batches of a cascade that is whole."""
+    if folder and is_main():
+        shutil.rmtree(folder / "batches", ignore_errors=True)
 
 
 def _plan(cascade: Cascade, examples: Examples, evidence: Evidence, sizes: list[int]) -> Iterator[Batch]:
@@ -124,7 +131,7 @@ class _Bar:
 
     def __init__(self, cascade: Cascade, evidence: Evidence, classes: int):
         self.attacks, self.evidence, self.ticked = cascade.attacks, evidence, 0
-        self.bar = progress(1, 0, cascade.name, "pass")
+        self.bar, self.about = Progress(1, 0, cascade.name, "passes"), ""
         self.rounds = [attack.rounds_of(classes) for attack in self.attacks]
         self._show(0, len(evidence.pending(self.attacks[0])) * self.rounds[0])
 
@@ -135,18 +142,20 @@ class _Bar:
         later = list(zip(self.attacks, self.rounds, strict=True))[number + 1 :]
         work = [attack.passes * rounds * len(self.evidence.pending(attack)) for attack, rounds in later]
         bar.total = bar.n + sum(work) + now.passes * left
-        bar.set_postfix_str(f"{now.name}, {broken} broken, {standing} stand")
+        self.about = f"{now.name}, {broken:,} broken, {standing:,} stand"
+        bar.show(self.about)
 
     def tick(self, passes: int) -> None:
         """So many more within a batch."""
         self.ticked += passes
-        self.bar.update(passes)
+        self.bar.update(passes, lambda: self.about)
 
     def update(self, batch: Batch) -> None:
         """After a batch."""
         number, attack = batch.number, self.attacks[batch.number]
         pending = self.evidence.pending(attack)
-        self.bar.update(attack.passes * len(batch.index) - self.ticked)
+        rest = attack.passes * len(batch.index) - self.ticked
+        self.bar.update(rest, lambda: self.about) if self.ticked else self.bar.skip(rest)  # from its file
         self.ticked = 0
         later = int((pending > batch.index[-1]).sum())
         now = len(pending) * (self.rounds[number] - 1 - int(batch.rounds[-1]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from rst_jax.evaluation.evidence import Examples
-from rst_jax.runtime.files import Pieces, write_arrays_in_pieces
+from rst_jax.runtime.files import Pieces, make_folder, write_arrays_in_pieces
 
 _AT_ONCE = 250  # images
 
@@ -24,7 +24,7 @@ class ImageFile:
 
     def make(self, shape: tuple[int, ...]) -> None:
         """Make it anew."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         np.lib.format.open_memmap(self.path, "w+", np.float32, shape)
 
     def put(self, index: np.ndarray, images: np.ndarray) -> None:

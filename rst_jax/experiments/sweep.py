@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from rst_jax.experiments.run import DENSE, Run, name_of
 from rst_jax.records import TicketRecord, read_json
 from rst_jax.reports import paper
 from rst_jax.runtime import preemption
-from rst_jax.runtime.files import write_json
-from rst_jax.runtime.mesh import from_main, is_main
+from rst_jax.runtime.files import guarded, write_json
+from rst_jax.runtime.mesh import from_main, is_main, on_main
 from rst_jax.runtime.progress import Say, make_say
 from rst_jax.runtime.work import Failed, at_work
 from rst_jax.runtime.workdir import Claim, InUse, dotted, in_use
@@ -142,12 +142,20 @@ def work(sweep: Sweep, taken: list[Point]) -> None:
       Failed: points failed; they are named.
     """
     with at_work(()):  # of the errors outside a point, a lost process alone
-        _work(sweep, taken, make_say(is_main()))
+        say = make_say(is_main())
+        check(sweep, taken)
+        with _held(sweep):
+            pass
+        with guarded(sweep.workdir, lambda: _see(sweep)):
+            _work(sweep, taken, say)
+
+
+def _see(sweep: Sweep) -> None:
+    if is_main() and not (sweep.workdir / "sweep.json").exists():
+        raise Failed(f"workdir {sweep.workdir} was removed while this process worked in it.")
 
 
 def _work(sweep: Sweep, taken: list[Point], say: Say) -> None:
-    check(sweep, taken)
-    _begin(sweep)
     by_name = {point.name: point for point in sweep.points}
     failed: list[str] = []
     told = ""
@@ -175,7 +183,7 @@ def _work(sweep: Sweep, taken: list[Point], say: Say) -> None:
                 say(f"waiting for other processes to finish {waits}")
                 told = waits
             time.sleep(_LOOK_AGAIN)
-    with at_work():
+    with _held(sweep), at_work():
         gather(sweep, say)
     if failed:
         raise Failed(f"{len(failed)} of {len(taken)} points failed: {', '.join(failed)}; what they said stands above.")
@@ -187,7 +195,7 @@ def check(sweep: Sweep, taken: list[Point]) -> None:
     for point in taken:
         folder = sweep.folder(point)
         begun = _told((folder / "config.json").exists())
-        Claim(folder, "config.json", {}, f"workdir {folder}", "run", "--workdir").refuse_foreign()
+        on_main(Claim(folder, "config.json", {}, f"workdir {folder}", "run", "--workdir").refuse_foreign)
         parts = dataclasses.replace(point.config, seed=0, attack=Config.attack, optimizer=Config.optimizer)
         if (parts in seen and not begun) or _finished(sweep, point):
             continue
@@ -202,19 +210,15 @@ def check(sweep: Sweep, taken: list[Point]) -> None:
             raise ValueError(f"point {point.name!r}: {error}") from error
 
 
-def _begin(sweep: Sweep) -> None:
-    """Mark the workdir as this sweep's; several processes may come at once."""
-    claim = Claim(
-        folder=sweep.workdir,
-        record="sweep.json",
-        question={"sweep": sweep.name},
-        called=f"workdir {sweep.workdir}",
-        holds="sweep",
-        instead="--workdir",
-    )
+@contextlib.contextmanager
+def _held(sweep: Sweep) -> Iterator[None]:
+    """Hold the workdir, marked as this sweep's, for a moment; several processes may come at once."""
+    called = f"workdir {sweep.workdir}"
+    claim = Claim(sweep.workdir, "sweep.json", {"sweep": sweep.name}, called, holds="sweep", instead="--workdir")
     while True:
         with contextlib.ExitStack() as held:
             if _taken(claim, held):
+                yield
                 return
         time.sleep(0.1)
 
@@ -237,11 +241,7 @@ def _draw(sweep: Sweep, point: Point, say: Say) -> bool:
 
 
 def _taken(claim: Claim, held: contextlib.ExitStack) -> bool:
-    """Hold a folder, unless another process does.
-
-    Raises:
-      ValueError: it is refused for another reason.
-    """
+    """Hold a folder, unless another process does; what refuses it otherwise is raised."""
     try:
         held.enter_context(claim.held())
     except (ValueError, OSError) as error:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rst_jax.config import Pattern
+from rst_jax.runtime.paths import local_path
 from rst_jax.subnet import is_kernel, kernels, score_shape
 
 _PATTERNS: dict[int, Pattern] = {4: "element", 3: "row", 2: "kernel", 1: "filter"}  # by the axes of a score
@@ -32,7 +33,7 @@ def from_official(
     Raises:
       ValueError: the file is no such checkpoint, an entry is missing or left over, or a shape does not fit; named.
     """
-    arrays = _entries(Path(path))
+    arrays = _entries(local_path(path))
     images = jnp.zeros((1, *image_shape))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     has_scores = any(name.endswith(".scores") for name in arrays)

@@ -8,6 +8,7 @@ from rst_jax.records import CardRecord, read_json
 from rst_jax.reports.page import CYCLE, ROBUST, figure_of, pairs, render, svg, table_markup
 from rst_jax.reports.text import columns, percent, radius
 from rst_jax.runtime.files import read_arrays, write_text
+from rst_jax.runtime.paths import local_path
 
 
 def load_card(path: str | Path) -> CardRecord:
@@ -16,7 +17,7 @@ def load_card(path: str | Path) -> CardRecord:
     Raises:
       ValueError: there is none.
     """
-    path = Path(path)
+    path = local_path(path)
     path = path / "card.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there is no card at {path}; rst_jax evaluate writes one.")

@@ -5,14 +5,76 @@ import dataclasses
 import io
 import json
 import math
+import re
+import shutil
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+# What a killed process leaves: a file or folder of `whole` or `save_tickets`, or one of Orbax.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}|\..+[.-](new|old)|.+\.orbax-checkpoint-tmp(-\d+)?")
+_guards: list[tuple[Path, Callable[[], None]]] = []  # of folders that are held, each inside those before it
+
+
+@contextlib.contextmanager
+def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Within it, `check` is called before anything is written below the folder; it may raise."""
+    guard = folder.absolute(), check
+    _guards.append(guard)
+    try:
+        yield
+    finally:
+        _guards.remove(guard)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write to; one that is guarded refuses, or is there: it is never made again."""
+    folder, held = folder.absolute(), None
+    for above, check in list(_guards):
+        if folder.is_relative_to(above):
+            check()
+            held = above
+    if held is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    for part in folder.relative_to(held).parts:
+        held /= part
+        held.mkdir(exist_ok=True)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that appears at `path` at the end, or not at all: a name that no other process takes."""
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def clear_temporary(folder: Path) -> None:
+    """Remove what killed processes have left below a folder that this process alone holds.
+
+    Folders below that are held by themselves (they have a lock) are left to those who hold them.
+    """
+    for path in sorted(folder.iterdir()):
+        inside = path.is_dir() and not path.is_symlink()
+        if _TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if inside else path.unlink()
+        elif inside and not (path / ".lock").exists():
+            clear_temporary(path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -57,16 +119,13 @@ class Pieces:
 
 def write_arrays_in_pieces(path: Path, arrays: Mapping[str, np.ndarray | Pieces]) -> None:
     """As `write_arrays`, of arrays that come in pieces."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
+    with whole(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as file:
         for name, array in arrays.items():
             header = {"descr": array.dtype.str, "fortran_order": False, "shape": tuple(array.shape)}
             with file.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for piece in array if isinstance(array, Pieces) else (array,):
                     member.write(np.ascontiguousarray(piece).tobytes())
-    temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -112,15 +171,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write to a temporary name beside `path`, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def _beside(path: Path) -> Path:
-    """A name that no other process takes, on any machine."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    with whole(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,13 +1,44 @@
-"""What lies around the work of a command: other processes, programs kept on the disk, and how the work may end."""
+"""What lies around the work of a command: other processes, programs kept on the disk, and how the work may end.
+
+Nothing heavy is imported here before it is needed.
+"""
 
 import contextlib
 import os
+import re
+import signal
+import sys
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-import jax
+from rst_jax.runtime.paths import local_path
+from rst_jax.runtime.preemption import EXIT_CODE
 
 _LOST_AFTER = 60  # seconds without a sign of life from a process, after which the others end
+_LOST = "another process was lost{}; start all of them again."
+_LONG = 300  # letters
+_kept: list[Any] = []  # what C calls
+
+
+def quiet() -> None:
+    """Keep other libraries from telling errors, with tracebacks of all their threads: what they raise is told once."""
+    import logging
+
+    from absl import logging as absl
+
+    for logger in (absl.get_absl_logger(), logging.getLogger("asyncio")):
+        logger.addFilter(lambda record: False)
+    sys.unraisablehook = lambda unraisable: None  # of TensorStore's threads
+
+
+def cause(error: BaseException) -> str:
+    """What another library raised, in few words: the operating system's, or the first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first if len(first) < _LONG else f"{first[:_LONG]} ..."
 
 
 class Failed(Exception):
@@ -28,14 +59,17 @@ def at_work(
       Failed: such an error, in its words and `advice`, or one of the accelerator.
       Lost: another process was lost.
     """
+    import jax
+
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
-            raise Failed(str(error)) from error
-        raise Lost(f"another process was lost ({error}); start all of them again.") from error
+            raise Failed(cause(error)) from error
+        raise Lost(_LOST.format(f" ({cause(error)})")) from error
     except kinds as error:
-        raise Failed(f"{error}{advice}") from error
+        told = cause(error) if isinstance(error, OSError) else error
+        raise Failed(f"{told}{advice}") from error
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -45,27 +79,92 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
       coordinator: address of process 0, "auto" where the cluster tells all three, or None for one process.
 
     Raises:
-      ValueError: an option is missing.
+      ValueError: an option is missing or not right, or no cluster tells.
       Lost: they could not be joined.
     """
     if coordinator is None:
         if num_processes is not None or process_id is not None:
             raise ValueError("--num_processes and --process_id need --coordinator=HOST:PORT.")
         return
+    where = _where(coordinator, num_processes, process_id)
+    from concurrent.futures import ThreadPoolExecutor
+
+    import jax
+
+    try:
+        with ThreadPoolExecutor(1) as waiting:  # in another thread, since a signal is heard only in Python
+            waiting.submit(jax.distributed.initialize, **where, heartbeat_timeout_seconds=_LOST_AFTER).result()
+    except RuntimeError as error:
+        raise Lost(f"the processes could not join at {coordinator}: {cause(error)}") from error
+    except Exception as error:  # each kind of cluster misses its own things
+        raise ValueError(
+            f"--coordinator={coordinator}: no cluster tells who takes part ({cause(error)}); take "
+            "--coordinator=HOST:PORT with --num_processes and --process_id, or none of them for one process."
+        ) from error
+    _end_as_lost()
+
+
+def _where(coordinator: str, num_processes: int | None, process_id: int | None) -> dict[str, Any]:
+    """As `jax.distributed.initialize` takes it; what is None the cluster tells."""
     where = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     if coordinator == "auto":
-        where = {}
-    if None in where.values():
+        return where | {"coordinator_address": None}
+    host, _, port = coordinator.rpartition(":")
+    if not (host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2**16):
+        raise ValueError(f"expected --coordinator=HOST:PORT, as localhost:12345, or auto; got {coordinator!r}.")
+    if num_processes is None or process_id is None:
         raise ValueError("--coordinator=HOST:PORT needs --num_processes and --process_id.")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process_id must lie in 0 to --num_processes - 1; got {process_id} of {num_processes} processes."
+        )
+    return where
+
+
+def _end_as_lost() -> None:
+    """Let an abort end the process as `Lost` does: JAX aborts in C++ when it hears that another process died."""
+    import ctypes
+
+    def lost(_: int) -> None:
+        os.write(2, f"rst_jax: {_LOST.format('')}\n".encode())
+        os._exit(EXIT_CODE)
+
+    _kept.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(lost))
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(_kept[-1], ctypes.c_void_p))
+
+
+def find_devices() -> None:
+    """See that there is something to compute on.
+
+    Raises:
+      ValueError: there is not, or not what JAX_PLATFORMS names.
+    """
+    import jax
+
     try:
-        jax.distributed.initialize(**where, heartbeat_timeout_seconds=_LOST_AFTER)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        raise Lost(f"the processes could not join at {coordinator}: {error}") from error
+        jax.devices()
+    except Exception as error:  # each platform raises its own
+        asked = os.environ.get("JAX_PLATFORMS")
+        hint = f"JAX_PLATFORMS={asked} cannot be had here" if asked else "no device can be used"
+        told = cause(error).rstrip(".") if str(error) else "JAX finds no such device"
+        raise ValueError(f"{hint}: {told}.") from error
 
 
 def keep_programs(folder: str) -> None:
-    """Keep compiled programs in a folder, unless there is none or the environment names one."""
+    """Keep compiled programs in a folder, unless there is none or the environment names one.
+
+    Raises:
+      ValueError: it lies in the home of a user who is not known.
+    """
+    import jax
+
     if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        if "://" not in folder:  # which JAX knows
+            with contextlib.suppress(ValueError) if folder.startswith("~/") else contextlib.nullcontext():
+                folder = str(local_path(folder))
+        if folder[0] != "~":  # a process without a home keeps none
+            jax.config.update("jax_compilation_cache_dir", folder)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,17 +1,37 @@
-"""Folders that belong to one question at a time, and to one process: a run's workdir, an evaluation card's folder."""
+"""Folders that belong to one question at a time, and to one process: a run's workdir, an evaluation card's folder.
+
+Who holds a folder has a lock on its file `.lock` and a word of its own in it. By the word the other processes of a run
+see that theirs is the same folder, and the holder that it was not removed, or taken where there are no locks.
+"""
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import itertools
 import json
+import os
 import re
+import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from rst_jax.runtime.files import write_json
-from rst_jax.runtime.mesh import on_main
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rst_jax.runtime import preemption
+from rst_jax.runtime.files import clear_temporary, guarded, make_folder, write_json
+from rst_jax.runtime.mesh import from_main, is_main, on_main
+from rst_jax.runtime.progress import tell
+from rst_jax.runtime.work import Failed
+
+_SEEN_WITHIN = 30.0  # seconds in which the storage shows to one process what another wrote
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)  # of some NFS, FUSE, Lustre
+_TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +68,25 @@ class Claim:
         The first process holds it and tells the others whether it could. What is refused changes nothing.
 
         Raises:
-          ValueError: it is a file, holds other files, belongs to another question, cannot be written or is in use.
+          ValueError: it is a file, holds other files, belongs to another question, cannot be written or is in use, or
+            it is not one folder for all processes.
+          Failed: it was removed or taken by another process.
         """
+        word = uuid.uuid4().hex
         with contextlib.ExitStack() as held:
-            on_main(lambda: self._take(held))
+            on_main(lambda: self._take(held, word))
+            self._see(word)
+            held.enter_context(preemption.remembered())
             yield
+            if is_main():
+                self._check(word)
 
-    def _take(self, held: contextlib.ExitStack) -> None:
+    def _take(self, held: contextlib.ExitStack, word: str) -> None:
         path = self.folder / self.record
         self.refuse_foreign()
         if not self.begin and not path.exists():
             raise ValueError(f"{self.called} holds no {self.holds} yet; {self.start}.")
-        self._lock(held)
+        self._lock(held, word)
         now, missing = json.loads(json.dumps([self.question, self.missing]))
         before = self._read(path)
         if before is not None:
@@ -79,18 +106,67 @@ class Claim:
         if self.folder.exists() and not record.exists() and any(p.name[0] != "." for p in self.folder.iterdir()):
             raise ValueError(f"{self.called} holds other files and no {self.holds}; take an empty or a new folder.")
 
-    def _lock(self, held: contextlib.ExitStack) -> None:
+    def _lock(self, held: contextlib.ExitStack, word: str) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context((self.folder / ".lock").open("w"))
-        except OSError as error:
-            raise ValueError(f"{self.called} cannot be written: {error.strerror}.") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            make_folder(self.folder)
+            lock = held.enter_context(_open(self.folder / ".lock", os.O_RDWR | os.O_CREAT))
+            if _lock(lock, fcntl.LOCK_EX):
+                clear_temporary(self.folder)
+            else:
+                tell(f"the file system of {self.called} has no locks: see that no other process uses it.")
+            lock.truncate()
+            lock.write(word)
+            lock.flush()
+        except BlockingIOError:
             raise InUse(
                 f"{self.called} is in use by another process; wait for it or take another {self.instead}."
             ) from None
+        except OSError as error:
+            raise ValueError(f"{self.called} cannot be written: {error.strerror}.") from error
+        held.callback(self._clear, word, self.folder.stat())
+        held.enter_context(guarded(self.folder, lambda: self._check(word)))
+
+    def _holds(self, word: str) -> bool | None:
+        """Whether the word stands in the folder; None where there is neither a word nor the record."""
+        for name in (".lock", self.record):  # somebody may think that the lock was a left one
+            try:
+                text = (self.folder / name).read_text()
+            except FileNotFoundError:
+                continue
+            except OSError:  # a storage that fails for a moment says nothing
+                return True
+            return text == word or name != ".lock"
+        return None
+
+    def _check(self, word: str) -> None:
+        if not self._holds(word):
+            raise Failed(f"{self.called} was removed or taken by another process while this one worked in it.")
+
+    def _clear(self, word: str, folder: os.stat_result) -> None:
+        """Remove what was written while somebody removed the folder; no later command would take it."""
+        with contextlib.suppress(OSError):
+            if self._holds(word) is None and os.path.samestat(folder, self.folder.stat()):
+                shutil.rmtree(self.folder)
+
+    def _see(self, word: str) -> None:
+        """See that it is one folder for all processes."""
+        if jax.process_count() == 1:
+            return
+        word = from_main(np.frombuffer(word.encode(), np.uint8)).tobytes().decode()
+        end = time.monotonic() + _SEEN_WITHIN
+        while not (seen := self._shows(word)) and time.monotonic() < end:
+            time.sleep(0.1)
+        blind = np.flatnonzero(~np.asarray(multihost_utils.process_allgather(np.asarray(seen))))
+        if len(blind):
+            raise ValueError(
+                f"{self.called} of process {blind[0]} is not the folder that process 0 has begun; expected one folder "
+                "on storage that all processes share."
+            )
+
+    def _shows(self, word: str) -> bool:
+        with contextlib.suppress(OSError):
+            return (self.folder / ".lock").read_text() == word
+        return False
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         if not path.exists():
@@ -118,14 +194,34 @@ class InUse(ValueError):
 
 def in_use(folder: Path) -> bool:
     """Whether a process holds the folder now; for a look before a claim, which alone decides."""
-    try:
-        with (folder / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
+    with contextlib.suppress(OSError), _open(folder / ".lock", os.O_RDONLY) as lock:
+        try:
+            _lock(lock, fcntl.LOCK_SH)
+        except BlockingIOError:
+            return True
     return False
+
+
+def _open(path: Path, flags: int) -> IO[str]:
+    """The file itself: nothing that a link points to, and nothing is taken from it yet."""
+    return open(os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+" if flags & os.O_RDWR else "r")
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    """Lock a file now; False where its file system has no locks.
+
+    Raises:
+      BlockingIOError: another process has.
+    """
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            raise BlockingIOError(*error.args) from None
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
 
 
 def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from rst_jax.models import ModelSpec
 from rst_jax.runtime.files import read_arrays, write_arrays
+from rst_jax.runtime.paths import local_path
 from rst_jax.tickets.ticket import Origin, Ticket
 
 _FORMAT = 1
@@ -45,7 +46,7 @@ def save_ticket(ticket: Ticket, path: str | Path) -> None:
         arrays[f"weight/{name}"] = _shrink(weight[keep])
     for name, value in _flat(ticket.batch_stats):
         arrays[f"stats/{name}"] = np.asarray(value)
-    write_arrays(Path(path), arrays)
+    write_arrays(local_path(path), arrays)
 
 
 def load_ticket(path: str | Path) -> Ticket:
@@ -54,7 +55,7 @@ def load_ticket(path: str | Path) -> Ticket:
     Raises:
       ValueError: there is no such file, it is not a ticket, or its digest does not match its content.
     """
-    path = Path(path)
+    path = local_path(path)
     arrays = read_arrays(path)
     try:
         meta = json.loads(arrays["meta"].tobytes())

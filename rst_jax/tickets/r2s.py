@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rst_jax.runtime.paths import local_path
 from rst_jax.tickets.store import restore_tickets
 from rst_jax.tickets.ticket import Ticket
 
@@ -61,4 +62,4 @@ def load_r2s(directory: str | Path, probabilities: Sequence[float] | None = None
     Raises:
       ValueError: the checkpoint is missing or broken.
     """
-    return R2S(restore_tickets(Path(directory)), probabilities)
+    return R2S(restore_tickets(local_path(directory)), probabilities)

@@ -16,7 +16,9 @@ from jaxtyping import PyTree
 
 from rst_jax import subnet
 from rst_jax.models import ModelSpec
+from rst_jax.runtime.files import make_folder
 from rst_jax.runtime.mesh import from_main, is_main
+from rst_jax.runtime.work import cause
 from rst_jax.tickets.file import load_ticket, origin_of, save_ticket
 from rst_jax.tickets.ticket import Ticket
 
@@ -91,6 +93,7 @@ def save_tickets(directory: Path, params: PyTree, tickets: Sequence[Ticket]) -> 
         "image_shape": list(tickets[0].image_shape),
         "tickets": told,
     }
+    make_folder(directory.parent)
     new, old = (directory.with_name(f".{directory.name}-{age}") for age in ("new", "old"))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
@@ -124,7 +127,7 @@ def restore_tickets(directory: Path) -> list[Ticket]:
                 args=ocp.args.Composite(tickets=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()),
             )
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise ValueError(f"{directory}: this checkpoint of tickets cannot be read ({error}).") from error
+        raise ValueError(f"{directory}: this checkpoint of tickets cannot be read ({cause(error)}).") from error
     content, about = jax.tree.map(np.asarray, restored.tickets), dict(restored.about)
     shapes = jax.tree.map(
         lambda shape: np.empty(shape, bool), about["mask_shapes"], is_leaf=lambda s: isinstance(s, list)

@@ -14,11 +14,16 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from rst_jax.records import digest
+from rst_jax.runtime.files import make_folder
 from rst_jax.runtime.mesh import fetch
 from rst_jax.runtime.progress import Say
+from rst_jax.runtime.work import cause
 from rst_jax.training.state import TicketState
 
 _DIGEST = "digest"  # of the state, beside the progress
+# Kept: one behind the latest; of the best those that these speak of, and one more, as a kill may come after a new one
+# is saved and before the latest that speaks of it.
+_LATEST, _BEST = 2, 3
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
@@ -40,9 +45,8 @@ class RunCheckpoints:
 
     def __init__(self, directory: Path, say: Say = lambda text: None):
         self.directory, self.say = directory, say
-        # One behind the latest; of the best those that they speak of, and one more, since a kill may come after a new
-        # one is saved and before the latest that speaks of it.
-        self._latest, self._best = _manager(directory / "latest", 2), _manager(directory / "best", 3)
+        make_folder(directory)
+        self._latest, self._best = _manager(directory / "latest", _LATEST), _manager(directory / "best", _BEST)
 
     def save_latest(self, state: TicketState, progress: dict[str, Any]) -> None:
         """Save the state after its step; nothing where that step is saved already."""
@@ -51,12 +55,14 @@ class RunCheckpoints:
             return
         told = {**progress, _DIGEST: digest(fetch(state))}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(told))
-        self._latest.save(step, args=args)
+        with _writing(self.directory / "latest"):
+            self._latest.save(step, args=args)
 
     def save_best(self, state: TicketState) -> str:
         """Save the state as the best so far; its digest, which the progress keeps."""
         step = int(state.step)
-        self._best.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+        with _writing(self.directory / "best"):
+            self._best.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
         return digest(fetch(state))
 
     def restore_latest(self, like: TicketState) -> tuple[TicketState, dict[str, Any]] | None:
@@ -67,6 +73,9 @@ class RunCheckpoints:
         Raises:
           ValueError: none of the checkpoints can be used; a folder is named.
         """
+        for manager, keep in ((self._latest, _LATEST), (self._best, _BEST)):
+            for old in sorted(manager.all_steps())[:-keep]:
+                manager.delete(old)  # a kill came while it was removed
         steps, faults = sorted(self._latest.all_steps(), reverse=True), list[str]()
         for step in steps:
             try:
@@ -77,18 +86,20 @@ class RunCheckpoints:
             for fault, broken in zip(faults, steps, strict=False):
                 self.say(f"{fault} Going on from the one before, of step {step}.")
                 self._latest.delete(broken)
-            for ahead in [s for s in self._best.all_steps() if s > step]:
-                self._best.delete(ahead)  # of the stretch that is now run again
+            self._forget_after(step)
             return state, progress
         if faults:
             raise ValueError(f"{faults[0]} Move its folder away to start this run again, or take a fresh --workdir.")
-        for ahead in self._best.all_steps():
-            self._best.delete(ahead)
+        self._forget_after(0)
         return None
+
+    def _forget_after(self, step: int) -> None:
+        for ahead in [s for s in self._best.all_steps() if s > step]:
+            self._best.delete(ahead)  # of the stretch that is now run again
 
     def _restored(self, step: int, like: TicketState) -> tuple[TicketState, dict[str, Any]]:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)), progress=ocp.args.JsonRestore())
-        with _named(self.directory / "latest" / str(step)):
+        with _reading(self.directory / "latest" / str(step)):
             restored = self._latest.restore(step, args=args)
             progress = dict(restored.progress)
             _compare(restored.state, progress.pop(_DIGEST, ""))
@@ -103,7 +114,7 @@ class RunCheckpoints:
           ValueError: it is not what was saved; its folder is named. (Going on from `restore_latest` makes it again.)
         """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
-        with _named(self.directory / "best" / str(step)):
+        with _reading(self.directory / "best" / str(step)):
             state = self._best.restore(step, args=args).state
             _compare(state, saved)
         return state
@@ -115,13 +126,23 @@ class RunCheckpoints:
 
 
 @contextlib.contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong within it, as a sentence with the folder's name."""
+def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
+    except jax.errors.JaxRuntimeError:  # of other processes, or of memory
+        raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        told = " ".join(str(error).split())
-        raise ValueError(f"{folder}: this checkpoint cannot be used ({told[:300]}).") from error
+        raise ValueError(f"{folder}: this checkpoint cannot be used ({cause(error)}).") from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # of other processes
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise OSError(f"{folder}: the checkpoint could not be written ({cause(error)}).") from error
 
 
 def _compare(state: TicketState, saved: str) -> None:

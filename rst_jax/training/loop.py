@@ -19,7 +19,7 @@ from rst_jax.config import Config, Optimizer, PGDSettings
 from rst_jax.data.feed import Feed
 from rst_jax.runtime import preemption
 from rst_jax.runtime.mesh import on_cpu, replicate
-from rst_jax.runtime.progress import Say, progress
+from rst_jax.runtime.progress import Progress, Say
 from rst_jax.training.checkpoint import RunCheckpoints
 from rst_jax.training.metrics import MetricsWriter, means
 from rst_jax.training.optimizer import make_optimizer, make_schedule
@@ -151,25 +151,25 @@ class Trainer:
         total = job.epochs * per_epoch
         if at.step:
             self.say(f"{job.name}: going on after epoch {at.step / per_epoch:.4g} of {job.epochs}")
-        if at.step < total:
-            self.writer.begin(job.name, at.step)
+        self.writer.begin(job.name, at.step)
         selection, schedule = replicate(selection, self.mesh), self.optimizer_of(job)[1]
         with contextlib.ExitStack() as stack:
             stack.callback(checkpoints.close)
             stack.callback(self.writer.close)
-            bar = stack.enter_context(progress(total, at.step, job.name, "step"))
+            bar = stack.enter_context(Progress(total, at.step, job.name, "steps", self.say))
             for d in stack.enter_context(contextlib.closing(self.feed.dispatches(at.step, total))):
                 compiled = self.step(job, d.rows, self.config.attack.pgd(at.step // per_epoch))
                 where = (d.data, d.order, np.int32(d.first), selection, self.feed.keys["step"], np.int32(d.steps))
                 at.state, metrics = compiled(at.state, *where)
                 at.pending.append(metrics)
                 at.step += d.steps
-                bar.update(d.steps)
+                bar.update(d.steps, lambda: self._about(job, at))
                 ends_epoch = at.step % per_epoch == 0
                 if ends_epoch or at.step % self.config.log_every_steps == 0:
                     self._log(job, at, float(schedule(at.step - 1)))
                 if ends_epoch:
                     self._end_epoch(job, at, checkpoints, validate)
+                    bar.milestone(self._about(job, at))
                 if at.step < total and preemption.asked():
                     self._save(at, checkpoints)
                     raise preemption.Preempted
@@ -187,8 +187,8 @@ class Trainer:
         return _Place(state, int(state.step), kept, kept["pending"])
 
     def _save(self, at: "_Place", checkpoints: RunCheckpoints) -> None:
+        self.writer.flush()  # what the checkpoint does not run again must lie on the disk
         checkpoints.save_latest(at.state, at.kept | {"pending": [_total(at.pending)] if at.pending else []})
-        self.writer.flush()
 
     def _end_epoch(
         self,
@@ -216,7 +216,15 @@ class Trainer:
         if not (math.isfinite(row["loss"]) and bool(_finite(job.target.trained(at.state)))):
             raise FloatingPointError(_diagnose(job.name, at.step, row["loss"], at.state))
         self.writer.write(job.name, at.step, {**row, "learning_rate": rate})
-        at.pending = []
+        at.pending, at.row = [], row
+
+    def _about(self, job: Job, at: "_Place") -> str:
+        """For a person: how far it is, and what was seen since the last log, or in it."""
+        row = means(_total(at.pending)) if at.pending else at.row
+        return (
+            f"epoch {at.step / len(self.feed.batches):.4g} of {job.epochs}, loss {row['loss']:.3f}, "
+            f"{100 * row['adversarial_accuracy']:.1f} % under attack"
+        )
 
 
 @dataclasses.dataclass
@@ -226,13 +234,14 @@ class _Place:
     Attributes:
       state: after `step` steps.
       kept: plain values: the best so far, the shape of an epoch.
-      pending: metrics that are not yet logged.
+      pending: metrics that are not yet logged. row: those last logged.
     """
 
     state: TicketState
     step: int
     kept: dict[str, Any]
     pending: list[dict[str, jax.Array]]
+    row: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def _total(pending: list[dict[str, jax.Array]]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,14 @@ def test_a_point_that_fails_is_named_and_the_others_are_drawn(tmp_path, drawn, c
     assert "a: failed: the loss is nan" in told
     assert "b: not drawn, since a failed" in told
     assert "2 of 4 points are finished" in told
+
+
+def test_a_sweep_that_is_removed_is_not_made_again(tmp_path, drawn, monkeypatch):
+    made = sweep_of(tmp_path, ("a", {}), ("b", {"seed": 1}))
+    monkeypatch.setattr(sweep, "draw", lambda run: shutil.rmtree(made.workdir))
+    with pytest.raises(Failed, match="was removed while"):
+        sweep.work(made, made.points)
+    assert not made.workdir.exists()
 
 
 def test_asked_to_stop_it_stops_between_points_and_while_it_waits(tmp_path, drawn, monkeypatch):

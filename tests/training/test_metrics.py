@@ -1,7 +1,7 @@
 import json
 
 from rst_jax.runtime.files import read_lines
-from rst_jax.runtime.progress import make_say, progress
+from rst_jax.runtime.progress import Progress, make_say
 from rst_jax.training.metrics import MetricsWriter, means
 
 
@@ -45,7 +45,7 @@ def test_a_process_that_may_not_write_does_not(tmp_path):
 
 
 def test_quiet_when_not_a_terminal(capsys):
-    with progress(10, 0, "search", "step") as bar:
+    with Progress(10, 0, "search", "steps") as bar:
         bar.update(5)
     make_say(active=False)("nothing")
     captured = capsys.readouterr()
