@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     # The images.
     c.dataset = "cifar10"  # digits | npz | a TFDS name
     c.data_dir = "~/tensorflow_datasets"  # where TFDS datasets lie, in array_record format
-    c.data_path = ""  # dataset = "npz": a file with x_train, y_train, x_test, y_test (uint8 NHWC, integers)
+    c.data_path = ""  # dataset = "npz": a file with x_train, y_train, x_test, y_test (uint8 NHWC, integers from 0)
     c.holdout = 5200  # training images held out to choose the best checkpoint; 44,800 = 175 * 256 remain
     c.train_examples = 0  # train on so many images only, for a quick try; 0: all
     c.select_on = "holdout"  # holdout | test: what chooses the best checkpoint ("test" only for parity)

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rst_jax.cli.options import Parser, refuse_unused, within
@@ -36,12 +37,13 @@ def _parser() -> Parser:
     add("--name", default="", help="which ticket of such a folder, for instance ratio-0.1")
     add("--dataset", default="", help="digits, npz or a TFDS name; its test images are attacked")
     add("--data_dir", default="~/tensorflow_datasets", help="where TFDS datasets lie (default: %(default)s)")
-    add("--data_path", default="", help="the .npz file of --dataset npz")
+    add("--data_path", default="", help="of --dataset npz: an .npz file, or .npy images with labels.npy beside them")
     add("--attacks", default="autoattack", help="full, or names with commas between (default: %(default)s)")
     add("--norm", choices=("linf", "l2"), default="linf")
     add("--eps", type=within(Length), required=False, help="radius in [0, 1] image units, for instance 8/255")
     add("--eps_l2", type=within(Length), default=0.5, help="radius of the L2 row of full (default: %(default)s)")
     add("--examples", type=within(Count), default=0, help="only the first so many test images")
+    add("--skip", type=within(Count), default=0, help="leave out so many before them; CIFAR-10-C: 10,000 a severity")
     add("--batch_size", type=within(Positive), default=250)
     add("--seed", type=within(Seed), default=0)
     add("--faithful", action="store_true", help="keep the published attacks' quirks, for comparison")
@@ -88,12 +90,14 @@ def _evaluate(o: argparse.Namespace) -> None:
         refuse_unused(o, ["data_dir"], "it is where TFDS datasets lie")
     if o.norm == "l2" or not {"full", "autoattack-l2", "cw-l2"} & set(o.attacks.split(",")):
         refuse_unused(o, ["eps_l2"], "no attack of another norm than --norm is asked for")
-    images = SplitImages(load_test(o.dataset, o.data_dir, o.data_path, o.examples))
+    images = SplitImages(load_test(o.dataset, o.data_dir, o.data_path, o.examples, o.skip))
     if (shape := images.split.images.shape[1:]) != tuple(ticket.image_shape):
         raise ValueError(f"the ticket takes images {list(ticket.image_shape)}; {o.dataset} has {list(shape)}.")
-    stem = ticket.name
-    asked = [stem, ticket.digest[:8], o.dataset, o.attacks.replace(",", "+"), o.norm, f"{o.eps:.4g}"]
-    asked += [f"first{o.examples}"] * bool(o.examples) + [f"seed{o.seed}"] * bool(o.seed) + ["faithful"] * o.faithful
+    images_of = Path(o.data_path).stem if o.data_path.endswith(".npy") else o.dataset
+    asked = [ticket.name, ticket.digest[:8], images_of.replace("/", "-"), o.attacks.replace(",", "+"), o.norm]
+    numbers = {"skip": o.skip, "first": o.examples, "seed": o.seed}
+    asked += [f"{o.eps:.4g}", *(f"{word}{value}" for word, value in numbers.items() if value)]
+    asked += ["faithful"] * o.faithful
     out = local_path(o.out or f"cards/{'-'.join(asked)}")
     preemption.listen()
     card = evaluate(
@@ -109,7 +113,7 @@ def _evaluate(o: argparse.Namespace) -> None:
         folder=out,
         keep_images=o.keep_images,
         ids=images.split.ids,
-        dataset=o.dataset,
+        dataset=images_of,
     )
     print(f"{card}\n\ncard: {out / 'card.json'}, {write_card_page(out)}")
 

@@ -6,15 +6,15 @@ network's input. Those that the catalogue calls streamed stay on the disk, and t
 
 import dataclasses
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from rst_jax.config import Config, near
+from rst_jax.config import Config
+from rst_jax.data.arrays import both_splits, test_split
 from rst_jax.data.catalog import CATALOG
-from rst_jax.data.stream import EncodedImages, streamed_split
+from rst_jax.data.prepared import Prepared
+from rst_jax.data.stream import EncodedImages
 from rst_jax.records import digest
-from rst_jax.runtime.files import read_arrays
 from rst_jax.runtime.paths import local_path
 
 
@@ -137,23 +137,46 @@ def load_dataset(config: Config) -> Dataset:
     return Dataset(config.dataset, rest, held_out, test, len(names), mean, std, names)
 
 
-def load_test(name: str, data_dir: str, data_path: str, examples: int = 0) -> Split:
-    """The test images; only the first `examples`, or all for 0.
+def load_test(name: str, data_dir: str, data_path: str, examples: int = 0, skip: int = 0) -> Split:
+    """The test images; those after the first `skip`, and of these the first `examples`, or all for 0.
+
+    There need be no others: neither in TFDS's folder nor in an .npz file; an .npy file of images will do too.
 
     Raises:
       ValueError: missing or malformed data; the message says what to do.
     """
-    _, test, _ = _splits(name, data_dir, data_path)
-    return test.take(np.arange(min(examples or len(test), len(test))))
+    if name == "digits":
+        _, test = _digits()
+    elif name == "npz":
+        test = _split(*test_split(local_path(data_path)))
+    else:
+        test = _prepared(Prepared(name, local_path(data_dir)), _tested(name))
+    if skip >= len(test):
+        raise ValueError(f"{name} has {len(test)} test images; expected to skip fewer, got {skip}.")
+    return test.take(np.arange(skip, min(skip + (examples or len(test)), len(test))))
 
 
 def _splits(name: str, data_dir: str, data_path: str) -> tuple[Split, Split, tuple[str, ...]]:
     """Training and test images, and the classes' names: their numbers, if nothing else is known."""
-    if name not in ("digits", "npz"):
-        return _tfds(name, local_path(data_dir))
-    train, test = _digits() if name == "digits" else _npz(local_path(data_path))
-    classes = 1 + max(int(split.labels.max()) for split in (train, test) if split.labels is not None)
-    return train, test, tuple(str(i) for i in range(classes))
+    if name == "digits":
+        return *_digits(), tuple(map(str, range(10)))
+    if name == "npz":
+        train, test, classes = both_splits(local_path(data_path))
+        return _split(*train), _split(*test), tuple(map(str, range(classes)))
+    data = Prepared(name, local_path(data_dir))
+    return _prepared(data, "train"), _prepared(data, _tested(name)), data.class_names
+
+
+def _prepared(data: Prepared, part: str) -> Split:
+    facts = CATALOG.get(data.name)
+    if facts and facts.streamed:
+        return _split(data.encoded(part, facts.streamed), None)
+    return _split(*data.examples(part))
+
+
+def _tested(name: str) -> str:
+    """The split of TFDS's that tests."""
+    return CATALOG[name].test if name in CATALOG else "test"
 
 
 def _content(split: Split) -> tuple[np.ndarray, ...]:
@@ -187,65 +210,3 @@ def _digits() -> tuple[Split, Split]:
     is_test = np.arange(len(labels)) % 5 == 0
     levels = CATALOG["digits"].levels
     return _split(images[~is_test], labels[~is_test], levels), _split(images[is_test], labels[is_test], levels)
-
-
-def _npz(path: Path) -> tuple[Split, Split]:
-    if not path.is_file():
-        raise ValueError(f"config: data_path must name an .npz file; there is none at {path}.")
-    found = read_arrays(path)
-    wanted = ("x_train", "y_train", "x_test", "y_test")
-    if missing := [name for name in wanted if name not in found]:
-        raise ValueError(f"{path}: expected {', '.join(wanted)}; {', '.join(missing)} missing.")
-    for name in wanted:
-        array = found[name]
-        if name[0] == "x" and (array.dtype != np.uint8 or array.ndim != 4):
-            raise ValueError(f"{path}: {name} must be uint8 [N, H, W, C]; got {array.dtype} {array.shape}.")
-        if name[0] == "y" and (not np.issubdtype(array.dtype, np.integer) or array.ndim != 1):
-            raise ValueError(f"{path}: {name} must be integers [N]; got {array.dtype} {array.shape}.")
-    splits = []
-    for part in ("train", "test"):
-        x, y = found[f"x_{part}"], found[f"y_{part}"]
-        if len(x) != len(y) or not len(x):
-            raise ValueError(f"{path}: {part} has {len(x)} images and {len(y)} labels; expected as many, at least one.")
-        if y.min() < 0:
-            raise ValueError(f"{path}: y_{part} must be at least 0; got {y.min()}.")
-        splits.append(_split(x, y))
-    if splits[0].images.shape[1:] != splits[1].images.shape[1:]:
-        shapes = " and ".join(str(s.images.shape[1:]) for s in splits)
-        raise ValueError(f"{path}: training and test images must have one shape; got {shapes}.")
-    return splits[0], splits[1]
-
-
-def _tfds(name: str, data_dir: Path) -> tuple[Split, Split, tuple[str, ...]]:
-    prepare = (
-        f"pip install 'rst_jax[prepare]' && python -c \"import tensorflow_datasets as tfds; "
-        f"tfds.builder('{name}', data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
-    )
-    if not (data_dir / name).is_dir():
-        hint = "" if name in CATALOG else near(name, [*CATALOG, "npz"]).capitalize()
-        raise ValueError(
-            f"config: dataset {name!r} is not prepared in data_dir {data_dir}. {hint}{' ' * bool(hint)}Prepare it once "
-            f"with:\n  {prepare}\nor take dataset npz with a data_path."
-        )
-    import tensorflow_datasets as tfds
-    from absl import logging
-
-    logging.set_verbosity(logging.ERROR)  # TFDS advises OpenCV at every start
-    facts = CATALOG.get(name)
-    size, test = (facts.streamed, facts.test) if facts else (0, "test")
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        classes = tuple(builder.info.features["label"].names)
-        splits = []
-        for part in ("train", test):
-            if size:
-                splits.append(_split(streamed_split(builder, part, size), None))
-                continue
-            examples = list(builder.as_data_source(part))
-            splits.append(_split(np.stack([e["image"] for e in examples]), np.asarray([e["label"] for e in examples])))
-    except Exception as error:  # TFDS raises its own kinds for each of a missing file, version, split and format
-        raise ValueError(
-            f"{data_dir / name}: TFDS could not read images and labels of train and {test} in array_record format "
-            f"({type(error).__name__}: {error}). Prepare it with:\n  {prepare}"
-        ) from error
-    return splits[0], splits[1], classes

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from rst_jax.data.given import MOST_CLASSES, whole_labels
+
 T = TypeVar("T")
 Record = tuple[bytes, int]  # an encoded image and its label
 
@@ -28,12 +30,20 @@ class EncodedImages:
       read: the records at some places of the split, encoded images with their labels; thread-safe.
       ids: the places of these images in the split, int [N].
       size: height and width of the decoded images, in pixels.
+      classes: labels are below this.
     """
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, name: str, read: Callable[[list[int]], list[Record]], ids: np.ndarray, size: int):
-        self.name, self.ids, self.size = name, ids, size
+    def __init__(
+        self,
+        name: str,
+        read: Callable[[list[int]], list[Record]],
+        ids: np.ndarray,
+        size: int,
+        classes: int = MOST_CLASSES,
+    ):
+        self.name, self.ids, self.size, self.classes = name, ids, size, classes
         self._read = read
 
     @property
@@ -48,7 +58,7 @@ class EncodedImages:
         """The images at `index` for evaluation, centre crops: uint8 [n, size, size, 3].
 
         Raises:
-          ValueError: an image cannot be read or decoded; its dataset, split and id are named.
+          ValueError: an image cannot be read or decoded, or its label is none; its dataset, split and id are named.
         """
         return self.labelled(index)[0]
 
@@ -58,7 +68,7 @@ class EncodedImages:
 
     def take(self, index: np.ndarray) -> "EncodedImages":
         """The images at `index`, still encoded."""
-        return EncodedImages(self.name, self._read, self.ids[index], self.size)
+        return EncodedImages(self.name, self._read, self.ids[index], self.size, self.classes)
 
     def crops(self, index: np.ndarray, key: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The examples at `index` for training: random resized crops, uint8 [n, size, size, 3], and labels, int32 [n].
@@ -82,9 +92,13 @@ class EncodedImages:
         places = [int(i) for i in ids]
         try:
             found = self._read(places)
-        except Exception as error:  # array_record raises its own kinds
+        except ValueError:  # told in a sentence
+            raise
+        except Exception as error:
             where = f"examples {min(places)} to {max(places)}"
             raise ValueError(f"{self.name}, {where}: cannot be read ({type(error).__name__}: {error}).") from error
+        labels = np.asarray([label for _, label in found])
+        labels = whole_labels(labels, f"{self.name}: labels", len(places), self.classes, np.asarray(places))
         images = np.empty((len(places), self.size, self.size, 3), np.uint8)
 
         def one(row: int) -> None:
@@ -94,7 +108,7 @@ class EncodedImages:
                 raise ValueError(f"{self.name}, example {places[row]}: not a readable image ({error}).") from error
 
         list(_decoders().map(one, range(len(places))))
-        return images, np.asarray([label for _, label in found], np.int32)
+        return images, labels
 
 
 @cache
@@ -146,19 +160,6 @@ def _random_box(width: int, height: int, generator: np.random.Generator) -> tupl
             return left, top, wide, high
     wide, high = min(width, round(height * most)), min(height, round(width / least))
     return (width - wide) // 2, (height - high) // 2, wide, high
-
-
-def streamed_split(builder: Any, part: str, size: int) -> EncodedImages:
-    """Split `part` of a TFDS dataset prepared in array_record format."""
-    import tensorflow_datasets as tfds
-
-    source = builder.as_data_source(part, decoders={"image": tfds.decode.SkipDecoding()})
-    name = f"{builder.info.full_name}, split {part} of {len(source)} images"
-
-    def read(places: list[int]) -> list[Record]:
-        return [(example["image"], example["label"]) for example in source.__getitems__(places)]
-
-    return EncodedImages(name, read, np.arange(len(source), dtype=np.int32), size)
 
 
 def prefetched(batches: Iterable[T], depth: int) -> Generator[T, None, None]:

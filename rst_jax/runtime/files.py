@@ -97,8 +97,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
       ValueError: there is no such file, or it is no .npz file; it is named.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        with path.open("rb") as file:
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:
+                raise ValueError("it is one array, as an .npy file; expected several, as an .npz file")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file.") from None
     except (AttributeError, EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:

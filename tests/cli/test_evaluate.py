@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from rst_jax.main import run_command
+from rst_jax.reports.card import load_card
 from rst_jax.runtime.files import read_arrays
 
 TICKET = str(next((Path(__file__).parents[2] / "zoo").glob("digits-*-0.3-*.ticket")))
@@ -87,10 +89,28 @@ def test_what_is_not_right_is_told_in_a_sentence_and_code_2(words, sentence, cap
 
 
 def test_a_ticket_for_other_images_is_refused(tmp_path, capsys):
-    images, labels = np.zeros((4, 6, 6, 1), np.uint8), np.zeros(4, np.int32)
+    images, labels = np.zeros((4, 6, 6, 1), np.uint8), np.arange(4)
     np.savez(tmp_path / "d.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     assert typed("evaluate", TICKET, "--dataset", "npz", "--data_path", tmp_path / "d.npz", "--eps", ".1") == 2
     assert "the ticket takes images [8, 8, 1]; npz has [6, 6, 1]" in capsys.readouterr().err
+
+
+def test_two_npy_files_are_evaluated_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bunch = load_digits()
+    images = np.rint(bunch.images[..., None] * 255 / 16).astype(np.uint8)
+    np.save("fog.npy", images[:40])
+    np.save("labels.npy", bunch.target[:40].astype(np.uint8))
+    words = ("--dataset", "npz", "--data_path", "fog.npy", "--eps", "0.12", "--attacks", "fgsm", "--skip", 30)
+    assert typed("evaluate", TICKET, *words, "--out", "card") == 0
+    record = load_card("card")
+    assert (record.dataset, record.n) == ("fog", 10)
+    assert record.clean.value > 0.5
+    assert "cards" not in os.listdir()
+    assert typed("evaluate", "fog.npy", *words) == 2
+    assert "fog.npy: not a readable file of arrays (it is one array" in capsys.readouterr().err
+    assert typed("evaluate", TICKET, *words, "--skip", -1) == 2
+    assert "--skip must be at least 0" in capsys.readouterr().err
 
 
 def test_no_card_is_told(capsys, tmp_path):

@@ -73,7 +73,7 @@ def test_npz_round_trip(tmp_path):
     ("change", "words"),
     [
         ({"x_train": np.zeros((50, 4, 4, 3))}, "x_train must be uint8"),
-        ({"y_test": np.zeros(10)}, "y_test must be integers"),
+        ({"y_test": np.zeros((10, 1))}, "y_test must be integers"),
         ({"y_train": np.zeros(49, int)}, "50 images and 49 labels"),
         ({"x_test": None}, "x_test missing"),
     ],
