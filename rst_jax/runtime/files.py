@@ -1,18 +1,19 @@
-"""Files that appear whole or not at all, and what can be read back: JSON, arrays without pickle, JSON lines."""
+"""Files that appear whole or not at all, and what can be read back: arrays without pickle, JSON lines."""
 
 import contextlib
 import dataclasses
 import io
 import json
-import math
+import os
 import uuid
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+
+from rst_jax.runtime.door import from_json, read_text, stored_arrays
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -34,13 +35,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
       ValueError: there is no such file, or it is no .npz file; it is named.
     """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file.") from None
-    except (AttributeError, EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a readable file of arrays ({error}).") from error
+    with stored_arrays(path) as stored:
+        return {name: array.read() for name, array in stored.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,33 +72,8 @@ def arrays_in_pieces(path: Path, rows: int) -> Iterator[dict[str, Pieces]]:
     Raises:
       ValueError: it is no .npz file; it is named.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
-            yield {name.removesuffix(".npy"): _member(file, name, rows) for name in file.namelist()}
-    except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a readable file of arrays ({error}).") from error
-
-
-def _member(file: zipfile.ZipFile, name: str, rows: int) -> Pieces:
-    with file.open(name) as member:
-        shape, dtype = _header(member)
-
-    def read() -> Iterator[np.ndarray]:
-        with file.open(name) as member:
-            _header(member)
-            for first in range(0, shape[0], rows):
-                there = (min(rows, shape[0] - first), *shape[1:])
-                yield np.frombuffer(member.read(math.prod(there) * dtype.itemsize), dtype).reshape(there)
-
-    return Pieces(shape, dtype, read())
-
-
-def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    np.lib.format.read_magic(member)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-    if fortran or dtype.hasobject:
-        raise ValueError(f"expected rows of numbers; got {dtype}, {'columns' if fortran else 'rows'} first.")
-    return shape, dtype
+    with stored_arrays(path) as stored:
+        yield {name: Pieces(array.shape, array.dtype, array.pieces(rows)) for name, array in stored.items()}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,13 +95,22 @@ def _beside(path: Path) -> Path:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line cut off by a kill is left out."""
-    if not path.exists():
-        return []
+    """The rows of a JSON-lines file; a last line cut off by a kill is left out, as is what else is none.
+
+    Raises:
+      ValueError: it is no text; it is named.
+    """
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in read_text(path).splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(from_json(line, dict[str, Any]))
     return rows
+
+
+def no_link(name: str, flags: int) -> int:
+    """An opener for what is written in place: it does not follow a link to another file.
+
+    Raises:
+      OSError: it is a link.
+    """
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
