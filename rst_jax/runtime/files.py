@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -11,7 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from rst_jax.runtime.door import from_json, read_text, stored_arrays
 
@@ -49,6 +52,18 @@ class Pieces:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (np.ascontiguousarray(array, self.dtype) for array in self.arrays)
+
+
+def digest(*trees: PyTree) -> str:
+    """SHA-256 over the paths, shapes, types and bytes of the arrays, or of `Pieces`, read one after the other."""
+    sum_ = hashlib.sha256()
+    for tree in trees:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            array = leaf if isinstance(leaf, Pieces) else np.asarray(leaf)
+            sum_.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+            for piece in array if isinstance(array, Pieces) else (array,):
+                sum_.update(np.ascontiguousarray(piece).tobytes())
+    return sum_.hexdigest()
 
 
 def write_arrays_in_pieces(path: Path, arrays: Mapping[str, np.ndarray | Pieces]) -> None:
