@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from rst_jax.config import near
 from rst_jax.runtime.preemption import EXIT_CODE as GOES_ON
 from rst_jax.runtime.preemption import Preempted
+from rst_jax.runtime.text import show
 from rst_jax.runtime.work import Failed, Lost
 
 _USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=DIR] [--config.FIELD=VALUE ...]
@@ -39,7 +40,7 @@ def run_command(argv: list[str]) -> int:
     first, *rest = argv[1:] or [""]
     try:
         if first in ("-h", "--help"):
-            print(_USAGE + "\n".join(f"  {word:10}{says}" for word, (says, _) in WORDS.items()))
+            show(_USAGE + "\n".join(f"  {word:10}{says}" for word, (says, _) in WORDS.items()))
         elif first in WORDS:
             WORDS[first][1](rest)
         elif first and first[0] != "-":
@@ -50,7 +51,7 @@ def run_command(argv: list[str]) -> int:
         return int(done.code or 0)
     except tuple(kind for kinds, _, _ in _ENDS for kind in kinds) as error:
         code, says = next((code, says) for kinds, code, says in _ENDS if isinstance(error, kinds))
-        print(f"rst_jax: {says.format(error)}", file=sys.stderr)
+        show(f"rst_jax: {says.format(error)}", sys.stderr)
         return code
     return 0
 

@@ -26,6 +26,7 @@ from rst_jax.runtime import preemption
 from rst_jax.runtime.files import write_json
 from rst_jax.runtime.mesh import from_main, is_main
 from rst_jax.runtime.progress import Say, make_say
+from rst_jax.runtime.text import show
 from rst_jax.runtime.work import Failed, at_work
 from rst_jax.runtime.workdir import Claim, InUse, dotted, in_use
 
@@ -297,4 +298,4 @@ def gather(sweep: Sweep, say: Say) -> None:
     if measured:
         lines = paper.summarise(measured)
         page = paper.write(sweep.workdir, sweep.name, lines, measured, sweep.figure)
-        print(f"\n{paper.sweep_text(lines)}\n\nreport: {page}")
+        show(f"\n{paper.sweep_text(lines)}\n\nreport: {page}")

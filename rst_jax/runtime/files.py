@@ -54,6 +54,38 @@ class Pieces:
         return (np.ascontiguousarray(array, self.dtype) for array in self.arrays)
 
 
+def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], wanted: Mapping[str, str]) -> dict[str, int]:
+    """Refuse what a file lacks, or holds in another kind or shape, and floats that are not finite.
+
+    Args:
+      path: of the file, for the message.
+      arrays: that it holds.
+      wanted: of each name NumPy's letter for its kind and its axes, such as "f n h w c".
+
+    Returns:
+      The length of each axis, which it has everywhere.
+
+    Raises:
+      ValueError: an array is named.
+    """
+    lengths: dict[str, int] = {}
+    for name, (kind, *axes) in ((name, told.split()) for name, told in wanted.items()):
+        if name not in arrays:
+            raise ValueError(f"{path}: expected {name} as {wanted[name]!r}; it is missing.")
+        array = arrays[name]
+        fits = array.dtype.kind == kind and array.ndim == len(axes)
+        fits = fits and all(lengths.setdefault(axis, n) == n for axis, n in zip(axes, array.shape, strict=True))
+        if not fits or (kind == "f" and not np.isfinite(array).all()):
+            it_is = f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"{path}: expected {name} as {wanted[name]!r}, finite; it is {it_is}.")
+    return lengths
+
+
+def among(places: np.ndarray, n: int) -> bool:
+    """Whether all are places of n things, counted from 0."""
+    return bool(((places >= 0) & (places < n)).all())
+
+
 def digest(*trees: PyTree) -> str:
     """SHA-256 over the paths, shapes, types and bytes of the arrays, or of `Pieces`, read one after the other."""
     sum_ = hashlib.sha256()
@@ -110,7 +142,7 @@ def _beside(path: Path) -> Path:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line cut off by a kill is left out, as is what else is none.
+    """The rows of a metrics.jsonl: a "run", its "step", and numbers; a last line cut off by a kill is left out.
 
     Raises:
       ValueError: it is no text; it is named.
@@ -118,7 +150,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in read_text(path).splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
-            rows.append(from_json(line, dict[str, Any]))
+            row = from_json(line, dict[str, int | float | str])
+            texts = {name for name, value in row.items() if isinstance(value, str)}
+            if texts == {"run"} and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from rst_jax.runtime.mesh import is_main
+from rst_jax.runtime.text import lines
 
 
 def progress(total: int, initial: int, label: str, unit: str) -> tqdm:
@@ -31,7 +32,7 @@ def make_say(active: bool = True) -> Say:
 
     def say(text: str) -> None:
         if active:
-            tqdm.write(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stdout)
+            tqdm.write(lines(f"[{time.monotonic() - start:6.1f} s] {text}", sys.stdout.encoding), file=sys.stdout)
             sys.stdout.flush()
 
     return say

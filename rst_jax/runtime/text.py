@@ -14,17 +14,17 @@ def plain(text: object) -> str:
     return "".join(c if _shows(c) else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def tell(text: object, file: TextIO | None = None) -> None:
-    """Print it, line by line as `plain` has it; all that rst_jax prints goes through here.
+def lines(text: object, encoding: str | None = "utf-8") -> str:
+    """Each of its lines as `plain` has it, in what an encoding can show; all that rst_jax prints goes through here."""
+    encoding = encoding or "utf-8"
+    told = "\n".join(map(plain, str(text).split("\n")))
+    return told.encode(encoding, "backslashreplace").decode(encoding)
 
-    Args:
-      text: of as many lines as it has.
-      file: standard output if not given.
-    """
+
+def show(text: object, file: TextIO | None = None) -> None:
+    """Print `lines` of a text, on standard output if no file is given."""
     file = file or sys.stdout
-    lines = "\n".join(map(plain, str(text).split("\n")))
-    encoding = getattr(file, "encoding", None) or "utf-8"
-    print(lines.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    print(lines(text, getattr(file, "encoding", None)), file=file, flush=True)
 
 
 def check_name(name: str, of: str = "name") -> None:

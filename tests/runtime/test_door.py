@@ -1,6 +1,7 @@
 """Files from anybody: what they declare is looked at first, and whatever is wrong with them is a ValueError."""
 
 import io
+import json
 import os
 import zipfile
 from dataclasses import dataclass
@@ -128,8 +129,11 @@ def test_what_is_no_ordinary_file_is_refused_at_once(tmp_path):
 
 def test_of_json_lines_only_rows_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"a": 1}\n5\n[]\nnull\n{"a": NaN}\n\n{"a": 2}\n{"a": ')
-    assert read_lines(path) == [{"a": 1}, {"a": 2}]
+    rows = [{"run": "dense", "step": 3, "loss": 0.5}, {"run": "dense", "step": 6}]
+    others = ["5", "[]", "null", "", '{"run": 1, "step": 2}', '{"run": "dense"}', '{"run": "dense", "step": NaN}', "{"]
+    others += ['{"run": "dense", "step": "2"}', '{"run": "dense", "step": 2, "loss": "low"}', "[" * 100_000]
+    path.write_text("\n".join([json.dumps(rows[0]), *others, json.dumps(rows[1]), '{"run": ']))
+    assert read_lines(path) == rows
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"a\.jsonl: cannot be read"):
         read_lines(path)

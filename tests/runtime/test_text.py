@@ -2,11 +2,11 @@ import io
 
 import pytest
 
-from rst_jax.runtime.text import check_name, plain, tell
+from rst_jax.runtime.text import check_name, plain, show
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "seen"),
     [
         ("ratio-0.1, 8/255 \N{PLUS-MINUS SIGN} é 猫", "ratio-0.1, 8/255 \N{PLUS-MINUS SIGN} é 猫"),
         ("suspect\x1b[2K\rtrustworthy", r"suspect\x1b[2K\rtrustworthy"),
@@ -15,15 +15,15 @@ from rst_jax.runtime.text import check_name, plain, tell
         ("\u202eyhtrowtsurt\u2066\u200b\u2028\ud800", r"\u202eyhtrowtsurt\u2066\u200b\u2028\ud800"),
     ],
 )
-def test_nothing_but_letters_reaches_a_reader(text, shown):
-    assert plain(text) == shown
+def test_nothing_but_letters_reaches_a_reader(text, seen):
+    assert plain(text) == seen
 
 
-@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "é\\x1b[0m\nb\n"), ("ascii", "\\xe9\\x1b[0m\nb\n")])
-def test_lines_are_told_in_whatever_a_terminal_can_show(encoding, shown):
+@pytest.mark.parametrize(("encoding", "seen"), [("utf-8", "é\\x1b[0m\nb\n"), ("ascii", "\\xe9\\x1b[0m\nb\n")])
+def test_lines_are_told_in_whatever_a_terminal_can_show(encoding, seen):
     file = io.TextIOWrapper(io.BytesIO(), encoding, newline="\n")
-    tell("é\x1b[0m\nb", file)
-    assert file.buffer.getvalue().decode(encoding) == shown
+    show("é\x1b[0m\nb", file)
+    assert file.buffer.getvalue().decode(encoding) == seen
 
 
 @pytest.mark.parametrize("name", ["ratio-0.1", "dense", "my best (ticket)", "猫", "a" * 150, "lr=0.1+seed=2"])
