@@ -63,7 +63,7 @@ def _gallery(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
 def _stamped(path: Path) -> str:
     """Of which ticket and attack a gallery is; "" where there is none."""
     with contextlib.suppress(ValueError):
-        return str(read_gallery(path)["stamp"])
+        return str(read_gallery(path).get("stamp", ""))
     return ""
 
 

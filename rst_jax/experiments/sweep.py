@@ -254,12 +254,11 @@ def _taken(claim: Claim, held: contextlib.ExitStack) -> bool:
 
 def _finished(sweep: Sweep, point: Point) -> bool:
     """Whether all stages are done of this very configuration (fields of later versions taken at their defaults)."""
-    try:
-        found = json.loads((sweep.folder(point) / _FINISHED).read_text())
+    same = False
+    with contextlib.suppress(ValueError, TypeError):
+        found = read_json(sweep.folder(point) / _FINISHED, dict[str, Any])
         usual = json.loads(json.dumps(dotted(Config().to_dict())))
         same = {**usual, **found} == {**usual, **_asked(point)}
-    except (OSError, ValueError, TypeError):
-        same = False
     return _told(same)
 
 

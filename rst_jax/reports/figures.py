@@ -86,11 +86,8 @@ def curves_plot(results: Results) -> str:
         rows = [row for row in results.metrics if row["run"] == ticket.name]
         colour, style = CYCLE[i % len(CYCLE)], "--" if ticket.kind == "dense" else "-"
         train = [(row["step"], 100 * row["adversarial_accuracy"]) for row in rows if "adversarial_accuracy" in row]
-        held = [
-            (row["step"], 100 * row["natural"], 100 * row["robust"])
-            for row in rows
-            if {"natural", "robust"} <= row.keys()
-        ]
+        both = [row for row in rows if {"natural", "robust"} <= row.keys()]
+        held = [(row["step"], 100 * row["natural"], 100 * row["robust"]) for row in both]
         if train:
             left.plot(*zip(*train, strict=True), color=colour, linestyle=style, label=label(ticket.name), linewidth=1.4)
         if held:

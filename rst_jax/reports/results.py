@@ -54,14 +54,14 @@ def read_results(workdir: Path, names: list[str]) -> Results:
 
 
 def read_gallery(path: Path) -> dict[str, np.ndarray]:
-    """Images to look at: clean and adversarial [n, H, W, C], labels, predictions [n], class names; and their stamp.
+    """Images to look at: clean and adversarial [n, H, W, C], labels, predictions [n], class names.
 
     Raises:
       ValueError: there are none, or they are no such images.
     """
     found = read_arrays(path)
     images, said = ("clean", "adversarial"), ("labels", "clean_prediction", "adversarial_prediction")
-    wanted = dict.fromkeys(images, "f n h w c") | dict.fromkeys(said, "i n") | {"names": "U k", "stamp": "U"}
+    wanted = dict.fromkeys(images, "f n h w c") | dict.fromkeys(said, "i n") | {"names": "U k"}
     lengths = check_arrays(path, found, wanted)
     if not lengths["n"] or not all(among(found[k], lengths["k"]) for k in said):
         raise ValueError(f"{path}: expected images of its {lengths['k']} classes.")
