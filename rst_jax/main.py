@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from rst_jax.runtime import preemption, work
 from rst_jax.runtime.preemption import EXIT_CODE as GOES_ON
 from rst_jax.runtime.preemption import Preempted
+from rst_jax.runtime.text import lines, show
 from rst_jax.runtime.work import Failed, Lost
 
 _USAGE = """usage: python -m rst_jax.main --config=configs/digits.py [--workdir=DIR] [--config.FIELD=VALUE ...]
@@ -40,14 +41,14 @@ def main(argv: list[str] | None = None) -> None:
 def _end(error: BaseException) -> None:
     """End the process at once, wherever it is."""
     code, told = _ending(error)
-    os.write(2, told.encode())
+    os.write(2, f"{lines(told)}\n".encode())
     os._exit(code)
 
 
 def _ending(error: BaseException) -> tuple[int, str]:
     """The exit code, and the sentence."""
     code, says = next((code, says) for kinds, code, says in _ENDS if isinstance(error, kinds))
-    return code, f"rst_jax: {says.format(error)}\n"
+    return code, f"rst_jax: {says.format(error)}"
 
 
 def run_command(argv: list[str]) -> int:
@@ -55,7 +56,7 @@ def run_command(argv: list[str]) -> int:
     first, *rest = argv[1:] or [""]
     try:
         if first in ("-h", "--help"):
-            print(_USAGE + "\n".join(f"  {word:10}{says}" for word, (says, _) in WORDS.items()))
+            show(_USAGE + "\n".join(f"  {word:10}{says}" for word, (says, _) in WORDS.items()))
         elif first in WORDS:
             WORDS[first][1](rest)
         elif first and first[0] != "-":
@@ -68,7 +69,7 @@ def run_command(argv: list[str]) -> int:
         return int(done.code or 0)
     except tuple(kind for kinds, _, _ in _ENDS for kind in kinds) as error:
         code, told = _ending(error)
-        print(told, end="", file=sys.stderr)
+        show(told, sys.stderr)
         return code
     return 0
 

@@ -6,26 +6,27 @@ examples, the seed, the precision, the machine and the digest of what was measur
 
 import dataclasses
 import datetime
-import hashlib
-import json
 import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Literal
 
 import jax
-import msgspec
 import numpy as np
-from jaxtyping import PyTree
+from msgspec import Meta
 
-from rst_jax.runtime.files import Pieces
+from rst_jax.runtime.door import read_json as read_json
+from rst_jax.runtime.files import digest as digest
 from rst_jax.version import __version__
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 PRECISION = "float32, highest matmul precision"  # of every evaluation
-R = TypeVar("R")
+Fraction = Annotated[float, Meta(ge=0, le=1 + 1e-9)]
+Count = Annotated[int, Meta(ge=0)]
+Size = Annotated[float, Meta(ge=0)]
+Norm = Literal["linf", "l2"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,11 @@ class AttackRecord:
     """An attack, fully named. Sizes in [0, 1] image units."""
 
     name: str
-    norm: str
-    eps: float
-    steps: int
-    step_size: float
-    restarts: int
+    norm: Norm
+    eps: Size
+    steps: Count
+    step_size: Size
+    restarts: Count
     seed: int
 
 
@@ -57,10 +58,10 @@ class AttackRecord:
 class Accuracy:
     """A fraction of n examples with its 95 % Wilson interval."""
 
-    value: float
-    low: float
-    high: float
-    n: int
+    value: Fraction
+    low: Fraction
+    high: Fraction
+    n: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +78,18 @@ class TicketRecord:
     """
 
     name: str
-    remaining_ratio: float
-    weights_kept: int
-    weights_total: int
+    remaining_ratio: Fraction
+    weights_kept: Count
+    weights_total: Count
     natural: Accuracy
     robust: Accuracy
-    violations: int
+    violations: Count
     attack: AttackRecord
     dataset: str
     model: str
     precision: str
     selected_on: str
-    best_epoch: int
+    best_epoch: Count
     seed: int
     digest: str
     provenance: Provenance
@@ -104,13 +105,16 @@ class TransferRecord:
     """robust[i][j]: accuracy of ticket j on the adversarial images made against ticket i."""
 
     names: list[str]
-    ratios: list[float]
-    natural: list[float]
-    robust: list[list[float]]
-    n: int
+    ratios: list[Fraction]
+    natural: list[Fraction]
+    robust: list[list[Fraction]]
+    n: Count
     attack: AttackRecord
     digests: list[str]
     provenance: Provenance
+
+    def __post_init__(self) -> None:
+        _as_many(self.names, self.ratios, self.natural, self.robust, self.digests, *self.robust)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +132,20 @@ class R2SRecord:
     """
 
     names: list[str]
-    probabilities: list[float]
+    probabilities: list[Fraction]
     switching: str
-    natural: float
-    transfer_only: float
-    worst_of_pool: float
-    best_single: float
+    natural: Fraction
+    transfer_only: Fraction
+    worst_of_pool: Fraction
+    best_single: Fraction
     best_single_name: str
-    n: int
+    n: Count
     attack: AttackRecord
     digests: list[str]
     provenance: Provenance
+
+    def __post_init__(self) -> None:
+        _as_many(self.names, self.probabilities, self.digests)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +160,7 @@ class Check:
 
     name: str
     passed: bool
-    effect: str
+    effect: Literal["suspect", "invalid"]
     measured: str
     means: str
 
@@ -162,8 +169,11 @@ class Check:
 class Curve:
     """Robust accuracy after so much effort, in ascending order."""
 
-    effort: list[int]
-    robust: list[float]
+    effort: list[Count]
+    robust: list[Fraction]
+
+    def __post_init__(self) -> None:
+        _as_many(self.effort, self.robust)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,17 +194,17 @@ class CascadeRecord:
     """
 
     name: str
-    norm: str
-    eps: float
+    norm: Norm
+    eps: Size
     attacks: list[str]
-    rounds: list[int]
+    rounds: list[Count]
     robust: Accuracy
-    broken: dict[str, int]
-    unverified: int
+    broken: dict[str, Count]
+    unverified: Count
     fragile: list[int]
-    median_distance: float | None
-    queries: int
-    gradients: int
+    median_distance: Size | None
+    queries: Count
+    gradients: Count
     over_passes: Curve
     over_rounds: Curve | None
     failed: int = 0
@@ -205,10 +215,13 @@ class Sweep:
     """Robust accuracy of the first n examples at growing eps, from 0 to where every image can be reached."""
 
     attack: str
-    norm: str
-    eps: list[float]
-    robust: list[float]
-    n: int
+    norm: Norm
+    eps: list[Size]
+    robust: list[Fraction]
+    n: Count
+
+    def __post_init__(self) -> None:
+        _as_many(self.eps, self.robust)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +241,8 @@ class CardRecord:
     subject_digest: str
     dataset: str
     images_digest: str
-    n: int
-    box: list[float]
+    n: Count
+    box: Annotated[list[float], Meta(min_length=2, max_length=2)]
     mode: str
     seed: str
     precision: str
@@ -239,6 +252,18 @@ class CardRecord:
     checks: list[Check]
     verdict: str
     provenance: Provenance
+
+    def __post_init__(self) -> None:
+        effects = {check.effect for check in self.checks if not check.passed}
+        worst = next((effect for effect in ("invalid", "suspect") if effect in effects), "trustworthy")
+        if self.verdict.split(":")[0] != worst or not self.box[0] < self.box[1]:
+            raise ValueError(f"its checks say {worst}, its verdict {self.verdict!r}; its box is {self.box}")
+
+
+def _as_many(*lists: list) -> None:
+    """Refuse lists that go together and are of different lengths."""
+    if len(set(map(len, lists))) > 1:
+        raise ValueError(f"lists of {', '.join(map(str, map(len, lists)))} entries; expected as many in each")
 
 
 def provenance() -> Provenance:
@@ -255,19 +280,15 @@ def provenance() -> Provenance:
 
 
 def _revision() -> str:
-    here = Path(__file__).parent
     try:
-        run = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+        run = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(run, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
 def accuracy(correct: np.ndarray) -> Accuracy:
-    """The mean of bool [N] with its 95 % Wilson score interval (Wilson, 1927).
-
-    Six lines by hand: to import SciPy's takes a second, half of a small evaluation.
-    """
+    """The mean of bool [N] with its 95 % Wilson score interval (Wilson, 1927); to import SciPy's takes a second."""
     n = len(correct)
     if not n:
         raise ValueError("accuracy of no examples: expected at least one.")
@@ -276,27 +297,3 @@ def accuracy(correct: np.ndarray) -> Accuracy:
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = float(max(centre - half, 0.0)), float(min(centre + half, 1.0))
     return Accuracy(p, min(low, p), max(high, p), n)  # rounding may leave 0 and 1 just outside
-
-
-def digest(*trees: PyTree) -> str:
-    """SHA-256 over the paths, shapes, types and bytes of the arrays, or of `Pieces`, read one after the other."""
-    sum_ = hashlib.sha256()
-    for tree in trees:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            array = leaf if isinstance(leaf, Pieces) else np.asarray(leaf)
-            sum_.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-            for piece in array if isinstance(array, Pieces) else (array,):
-                sum_.update(np.ascontiguousarray(piece).tobytes())
-    return sum_.hexdigest()
-
-
-def read_json(path: Path, kind: type[R]) -> R:
-    """A record of class `kind`.
-
-    Raises:
-      ValueError: the file is not such a record; it is named.
-    """
-    try:
-        return msgspec.convert(json.loads(path.read_text()), kind)
-    except (OSError, ValueError, msgspec.ValidationError) as error:
-        raise ValueError(f"{path}: expected a {kind.__name__}; {error}.") from error

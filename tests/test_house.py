@@ -55,3 +55,11 @@ def test_files_and_functions_fit_on_a_few_screens():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_all_that_is_printed_goes_through_one_place():
+    """So that no file's text moves a cursor."""
+    for path in (ROOT / "rst_jax").rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        prints = [call for call in map(ast.unparse, calls) if call in ("print", "sys.stdout.write", "sys.stderr.write")]
+        assert len(prints) == (path.name == "text.py" and path.parent.name == "runtime"), path

@@ -50,3 +50,48 @@ def test_digest_sees_values_names_types_and_shapes():
     different = [{"a": x}, {"b": x}, {"a": x.astype(np.float32)}, {"a": x.reshape(2, 2)}, {"a": x + 1e-9}]
     assert len({records.digest(t) for t in different}) == 5
     assert records.digest({"a": x}) == records.digest({"a": np.asfortranarray(x)})
+
+
+def changed(value, change):
+    """Plain values with one of them changed: at the end of a path."""
+    (*folders, last), new = change
+    here = value
+    for folder in folders:
+        here = here[folder]
+    here[last] = new
+    return value
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ((("clean", "value"), 47.0), "<= 1"),
+        ((("clean", "n"), -5), ">= 0"),
+        ((("rows", 0, "norm"), "l1"), "l1"),
+        ((("rows", 0, "broken", "FGSM"), "many"), "Expected `int`"),
+        ((("rows", 0, "over_passes", "robust"), []), "entries; expected as many"),
+        ((("sweep", "eps"), [0.0]), "entries; expected as many"),
+        ((("verdict",), "trustworthy"), "its checks say suspect, its verdict 'trustworthy'"),
+        ((("box",), [1.0, 0.0]), "its box is"),
+        ((("box",), [1.0]), "length >= 2"),
+        ((("checks",), {}), "Expected `array`"),
+        ((("provenance",), None), "Expected `object`"),
+    ],
+)
+def test_a_card_says_what_a_card_can_say(tmp_path, change, words):
+    attack = records.CascadeRecord(
+        "FGSM", "linf", 0.1, ["FGSM"], [1], records.accuracy(np.ones(3, bool)), {"FGSM": 0}, 0, [], None, 0, 0,
+        records.Curve([1], [1.0]), None,
+    )  # fmt: skip
+    check = records.Check("noise", False, "suspect", "it broke", "as said")
+    card = records.CardRecord(
+        "x", "d", "digits", "i", 3, [0.0, 1.0], "default", "00", "float32", records.accuracy(np.ones(3, bool)),
+        [attack], records.Sweep("PGD", "linf", [0.0, 0.1], [1.0, 1.0], 3), [check], "suspect: it broke: as said",
+        records.provenance(),
+    )  # fmt: skip
+    path = tmp_path / "card.json"
+    files.write_json(path, card)
+    assert records.read_json(path, records.CardRecord) == card
+    files.write_json(path, changed(dataclasses.asdict(card), change))
+    with pytest.raises(ValueError, match=rf"card\.json: expected a CardRecord; .*{words}"):
+        records.read_json(path, records.CardRecord)

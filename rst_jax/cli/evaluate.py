@@ -10,6 +10,7 @@ from rst_jax.ranges import Count, Length, Positive, Seed
 from rst_jax.runtime import preemption, work
 from rst_jax.runtime.mesh import split_cpu
 from rst_jax.runtime.paths import local_path
+from rst_jax.runtime.text import plain, show
 from rst_jax.threat import ThreatModel
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ def _replay(o: argparse.Namespace) -> None:
     split_cpu()
     work.find_devices()
     ticket = _ticket(o.ticket, o.name)
-    print(f"{ticket.name} ({ticket.digest[:12]}) on the images of {o.replay}:")
+    show(f"{ticket.name} ({ticket.digest[:12]}) on the images of {o.replay}:")
     for row, (right, n) in replay(ticket, o.replay).items():
-        print(f"{row}: {100 * right:.1f} % of {n:,}")
+        show(f"{plain(row)}: {100 * right:.1f} % of {n:,}")
 
 
 def _evaluate(o: argparse.Namespace) -> None:
@@ -115,7 +116,7 @@ def _evaluate(o: argparse.Namespace) -> None:
         ids=images.split.ids,
         dataset=images_of,
     )
-    print(f"{card}\n\ncard: {out / 'card.json'}, {write_card_page(out)}")
+    show(f"{card}\n\ncard: {out / 'card.json'}, {write_card_page(out)}")
 
 
 def _ticket(path: str, name: str) -> "Ticket":

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rst_jax.cli.options import Parser, config_file
 from rst_jax.runtime.files import write_json
 from rst_jax.runtime.paths import local_path
+from rst_jax.runtime.text import show
 
 _DESCRIPTION = """Compiles the search step for a TPU topology without a TPU (needs libtpu: pip install "jax[tpu]";
 minutes) and predicts memory, collectives, times and chip-hours from published rates. For GPUs (--topology=h200:8) by
@@ -29,6 +30,6 @@ def run(arguments: Sequence[str]) -> None:
     from rst_jax.planning import plan  # heavy
 
     made = plan.make_plan(config, o.topology)
-    print(plan.plan_text(made))
+    show(plan.plan_text(made))
     if o.json:
         write_json(local_path(o.json), plan.to_dict(made))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rst_jax.cli.options import Parser
+from rst_jax.runtime.text import plain, show
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -18,7 +19,7 @@ def run(arguments: Sequence[str]) -> None:
     from rst_jax.reports.card import card_text, load_card
 
     record = load_card(o.card)
-    print(card_text(record))
+    show(card_text(record))
     if o.checks:
         for check in record.checks:
-            print(f"{'passed' if check.passed else 'FAILED'}  {check.name}: {check.measured}")
+            show(plain(f"{'passed' if check.passed else 'FAILED'}  {check.name}: {check.measured}"))

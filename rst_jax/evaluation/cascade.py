@@ -26,6 +26,9 @@ from rst_jax.runtime.mesh import from_main, is_main
 from rst_jax.runtime.progress import Progress
 from rst_jax.threat import ThreatModel
 
+# What a batch finds of each of its examples.
+_OF_EACH = {"held", "prediction", "margin", "distance", "least", "queries", "gradients", "flat", "target", "closest"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Cascade:
@@ -64,12 +67,12 @@ def run(attacker: Attacker, cascade: Cascade, folder: Path | None = None, keep_i
     file = ImageFile(folder / "adversarial.npy") if folder and keep_images and is_main() else None
     if file and whole and not file.path.exists():  # what lies there was made without
         whole.unlink(missing_ok=True)
-    if kept := _kept(whole):
+    evidence, most = Evidence.none(examples, len(cascade.attacks)), None if keep_images and not folder else SHOWN
+    if (kept := _kept(whole)) and (found := Evidence.of_arrays(kept, evidence)):
         _clear(folder)
-        return Evidence.of_arrays(kept)
+        return found
     if file:
         file.make((len(examples), *examples.image_shape))
-    evidence, most = Evidence.none(examples, len(cascade.attacks)), None if keep_images and not folder else SHOWN
     with contextlib.closing(_Bar(cascade, evidence, examples.logits.shape[-1])) as bar:
         for batch in _plan(cascade, examples, evidence, attacker.sizes):
             done = _done(attacker, cascade, batch, folder, bar.tick)
@@ -116,7 +119,7 @@ def _done(
 ) -> dict[str, np.ndarray]:
     """What a batch found, from its file if that is there."""
     file = folder / "batches" / f"{batch.name}.npz" if folder else None
-    if (done := _kept(file, batch.whose)) is not None:
+    if (done := _kept(file, batch.whose)) is not None and _fits(done, len(batch.index)):
         return done
     if preemption.asked():
         raise preemption.Preempted
@@ -124,6 +127,14 @@ def _done(
     if file and is_main():
         write_arrays(file, {**batch.whose, **done})
     return done
+
+
+def _fits(done: dict[str, np.ndarray], n: int) -> bool:
+    """Whether a file holds what a batch of n examples finds."""
+    if not _OF_EACH | {"adversarial", "unverified", "not_finite"} <= done.keys():
+        return False
+    rows = [done[name].shape == (n,) for name in _OF_EACH]
+    return all(rows) and done["held"].dtype == bool and len(done["adversarial"]) == done["held"].sum()
 
 
 class _Bar:

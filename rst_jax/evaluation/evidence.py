@@ -8,6 +8,7 @@ import numpy as np
 
 from rst_jax.attacks.attack import Attack
 from rst_jax.losses import correct, margin
+from rst_jax.runtime.files import among
 
 STANDING, WRONG = -1, -2  # in place of an attack's number
 SHOWN = 10  # adversarial images of a cascade that are always kept, to be looked at
@@ -133,13 +134,25 @@ class Evidence:
         )
 
     @classmethod
-    def of_arrays(cls, arrays: dict[str, np.ndarray]) -> "Evidence":
-        """What `vars` of another gave; a file of version 0.3 holds an adversarial image of every example, and no
-        failures."""
-        if "kept" not in arrays:
+    def of_arrays(cls, arrays: dict[str, np.ndarray], like: "Evidence") -> "Evidence | None":
+        """What `vars` of another gave; None where it is not of as many examples and attacks as `like`.
+
+        A file of version 0.3 holds an adversarial image of every example, and no failures.
+        """
+        arrays = {"failed": np.zeros_like(like.failed), **arrays}
+        if "kept" not in arrays and arrays.keys() >= {"attack", "adversarial"}:
             kept = np.flatnonzero(arrays["attack"] >= 0)[:SHOWN]
-            arrays = {**arrays, "kept": kept, "adversarial": arrays["adversarial"][kept]}
-        return cls(**{"failed": np.zeros(len(arrays["attack"]), bool), **arrays})
+            kept = kept[kept < len(arrays["adversarial"])]
+            arrays |= {"kept": kept, "adversarial": arrays["adversarial"][kept]}
+        free = ("kept", "adversarial")
+
+        def of(held: dict[str, np.ndarray]) -> dict[str, tuple]:
+            return {name: (a.ndim, a.shape[name in free :], a.dtype) for name, a in held.items()}
+
+        if of(arrays) != of(vars(like)):
+            return None
+        places = among(arrays["kept"], len(like.attack)) and len(arrays["kept"]) == len(arrays["adversarial"])
+        return cls(**arrays) if places and among(arrays["attack"] - WRONG, len(like.unverified) - WRONG) else None
 
     @property
     def standing(self) -> np.ndarray:

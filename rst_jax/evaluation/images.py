@@ -23,8 +23,9 @@ class ImageFile:
     path: Path
 
     def make(self, shape: tuple[int, ...]) -> None:
-        """Make it anew."""
+        """Make it anew; what lies there may be a link to another file."""
         make_folder(self.path.parent)
+        self.path.unlink(missing_ok=True)
         np.lib.format.open_memmap(self.path, "w+", np.float32, shape)
 
     def put(self, index: np.ndarray, images: np.ndarray) -> None:

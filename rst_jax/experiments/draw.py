@@ -17,6 +17,7 @@ from rst_jax.reports.report import report_text, write_report
 from rst_jax.reports.results import read_results
 from rst_jax.runtime.mesh import is_main
 from rst_jax.runtime.progress import make_say
+from rst_jax.runtime.text import show
 from rst_jax.runtime.work import at_work
 
 
@@ -28,7 +29,7 @@ def report(run: Run) -> None:
     if run.is_main:
         results = read_results(run.workdir, list(run.names))
         page = write_report(run.workdir, results)
-        print(f"\n{report_text(results)}\n\nreport: {page}")
+        show(f"\n{report_text(results)}\n\nreport: {page}")
 
 
 STAGES: dict[str, Callable[[Run], None]] = {

@@ -15,8 +15,10 @@ from rst_jax.evaluation.suites import make_suite
 from rst_jax.experiments.run import Run
 from rst_jax.experiments.transfer import Crossed, cross
 from rst_jax.reports.card import load_card
-from rst_jax.runtime.files import read_arrays, write_arrays
+from rst_jax.reports.results import read_gallery
+from rst_jax.runtime.files import write_arrays
 from rst_jax.runtime.mesh import from_main
+from rst_jax.runtime.text import plain
 from rst_jax.tickets.ticket import Ticket
 
 
@@ -61,7 +63,7 @@ def _gallery(run: Run, tickets: list[Ticket], crossed: Crossed) -> None:
 def _stamped(path: Path) -> str:
     """Of which ticket and attack a gallery is; "" where there is none."""
     with contextlib.suppress(ValueError):
-        return str(read_arrays(path).get("stamp", ""))
+        return str(read_gallery(path).get("stamp", ""))
     return ""
 
 
@@ -85,4 +87,4 @@ def cards(run: Run) -> None:
             question = ask(programs, classifier, examples, threat, suite, run.key("evaluate"), c.dataset)
             measure(programs, question, folder)
         if run.is_main:
-            run.say(f"{ticket.name}: {load_card(folder).verdict}")
+            run.say(f"{ticket.name}: {plain(load_card(folder).verdict)}")

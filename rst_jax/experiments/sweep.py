@@ -26,6 +26,7 @@ from rst_jax.runtime import preemption
 from rst_jax.runtime.files import guarded, write_json
 from rst_jax.runtime.mesh import from_main, is_main, on_main
 from rst_jax.runtime.progress import Say, make_say
+from rst_jax.runtime.text import show
 from rst_jax.runtime.work import Failed, at_work
 from rst_jax.runtime.workdir import Claim, InUse, dotted, in_use
 
@@ -253,12 +254,11 @@ def _taken(claim: Claim, held: contextlib.ExitStack) -> bool:
 
 def _finished(sweep: Sweep, point: Point) -> bool:
     """Whether all stages are done of this very configuration (fields of later versions taken at their defaults)."""
-    try:
-        found = json.loads((sweep.folder(point) / _FINISHED).read_text())
+    same = False
+    with contextlib.suppress(ValueError, TypeError):
+        found = read_json(sweep.folder(point) / _FINISHED, dict[str, Any])
         usual = json.loads(json.dumps(dotted(Config().to_dict())))
         same = {**usual, **found} == {**usual, **_asked(point)}
-    except (OSError, ValueError, TypeError):
-        same = False
     return _told(same)
 
 
@@ -297,4 +297,4 @@ def gather(sweep: Sweep, say: Say) -> None:
     if measured:
         lines = paper.summarise(measured)
         page = paper.write(sweep.workdir, sweep.name, lines, measured, sweep.figure)
-        print(f"\n{paper.sweep_text(lines)}\n\nreport: {page}")
+        show(f"\n{paper.sweep_text(lines)}\n\nreport: {page}")

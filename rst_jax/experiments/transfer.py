@@ -12,7 +12,7 @@ from rst_jax.evaluation.accuracy import Evaluator
 from rst_jax.experiments.run import Run
 from rst_jax.records import AttackRecord, TransferRecord, provenance
 from rst_jax.runtime import preemption
-from rst_jax.runtime.files import read_arrays, write_arrays
+from rst_jax.runtime.files import among, read_arrays, write_arrays
 from rst_jax.runtime.mesh import from_main, is_main, replicate
 from rst_jax.tickets.ticket import Ticket
 
@@ -71,18 +71,18 @@ def cross(run: Run, tickets: list[Ticket]) -> Crossed:
     evaluator, dataset, folder = run.evaluator, run.dataset, run.workdir / "results" / "flags"
     stamp = "|".join([f"flags {_FORMAT}", str(evaluator.attack_record), dataset.digest, *(t.digest for t in tickets)])
     variables = [replicate(ticket.variables, evaluator.mesh) for ticket in tickets]
-    done = []
+    done, blank = [], _blank(len(tickets), dataset.test.images.shape)
     for place, source in enumerate(tickets):
         if preemption.asked():
             raise preemption.Preempted
         path = folder / f"{source.name}.npz"
-        flags = _read(path, stamp + source.digest) if is_main() else None
+        flags = _read(path, stamp + source.digest, blank) if is_main() else None
         if not from_main(np.asarray(flags is not None)):
             flags = _flags(evaluator, place, variables, dataset)
             if is_main():
                 write_arrays(path, {**flags, "stamp": np.asarray(stamp + source.digest)})
         else:
-            flags = from_main(flags or _blank(len(tickets), dataset.test.images.shape))
+            flags = from_main(flags or blank)
         done.append(flags)
     return Crossed(
         np.stack([flags["natural"] for flags in done]),
@@ -135,12 +135,15 @@ def _blank(tickets: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     }
 
 
-def _read(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
+def _read(path: Path, stamp: str, like: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """What a file holds, if it is of these tickets, this attack and these images, and shaped `like` them."""
     try:
         found = read_arrays(path)
     except ValueError:
         return None
-    return found if str(found.pop("stamp", "")) == stamp else None
+    same = str(found.pop("stamp", "")) == stamp and found.keys() == like.keys()
+    same = same and all((a.shape, a.dtype) == (like[name].shape, like[name].dtype) for name, a in found.items())
+    return found if same and among(found["shown_index"], like["natural"].size) else None
 
 
 def transfer_record(crossed: Crossed, tickets: list[Ticket], attack: AttackRecord) -> TransferRecord:

@@ -1,6 +1,8 @@
 """Checkpoints of the paper's released PyTorch code as our collections."""
 
+import zipfile
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import flax.linen as nn
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from rst_jax.config import Pattern
+from rst_jax.runtime.door import check_archive, opened
 from rst_jax.runtime.paths import local_path
 from rst_jax.subnet import is_kernel, kernels, score_shape
 
@@ -23,7 +26,7 @@ def from_official(
     A parameter's official name is its path in our tree with "." for "/" and "_". Kernels OIHW become HWIO (or
     IO for a dense layer made from a 1x1 convolution); the pattern is read off each score's shape: OIHW element,
     OIH row, OI kernel, O filter. Values keep the file's type (float64 needs
-    JAX_ENABLE_X64). A dense network's checkpoint has no scores.
+    JAX_ENABLE_X64; bfloat16 becomes float32). A dense network's checkpoint has no scores.
 
     Args:
       path: a file that torch.save wrote; read with weights_only=True. Needs PyTorch.
@@ -31,7 +34,8 @@ def from_official(
       image_shape: [H, W, C] that the model is shaped for.
 
     Raises:
-      ValueError: the file is no such checkpoint, an entry is missing or left over, or a shape does not fit; named.
+      ValueError: the file is no such checkpoint, an entry is missing or left over, or a shape does not fit; named. Or
+        it is damaged, or its numbers are not finite.
     """
     arrays = _entries(local_path(path))
     images = jnp.zeros((1, *image_shape))
@@ -51,20 +55,58 @@ def from_official(
 
 
 def _entries(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint, by their names within the network."""
+    """The tensors of a checkpoint, by their names within the network; not yet copied out of what it holds."""
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such checkpoint.")
+    with opened(path) as (file, size):
+        try:
+            _check_sums(file, size)
+            saved = _load(path)
+        except Exception as error:  # torch.load raises a dozen kinds for a file that is not its own
+            told = str(error).split("WeightsUnpickler error: ")[-1].split(" was not an allowed")[0].split("\n")[0][:200]
+            raise ValueError(f"{path}: expected a PyTorch checkpoint of tensors and plain values ({told}).") from error
+    entries = saved.get("state_dict", saved) if isinstance(saved, dict) else None
+    if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries):
+        raise ValueError(f"{path}: expected a dict of tensors, or one under 'state_dict'.")
+    kept = {name: value for name, value in entries.items() if not name.endswith("num_batches_tracked")}
+    arrays = {name.removeprefix("module."): _floats(path, name, value) for name, value in kept.items()}
+    if len(arrays) < len(kept):
+        raise ValueError(f"{path}: two entries have one name but for 'module.'.")
+    return arrays
+
+
+def _check_sums(file: BinaryIO, size: int) -> None:
+    """Refuse a damaged archive: torch.load does not look at its sums. (Before PyTorch 1.6 files had none.)"""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            check_archive(archive, size)
+            if broken := archive.testzip():
+                raise ValueError(f"{broken} is damaged")
+
+
+def _load(path: Path) -> Any:
+    """What torch.save wrote; beside tensors and plain values it may hold NumPy's numbers, which others have saved."""
+    import torch
+    from numpy._core.multiarray import scalar
+
+    numbers: list[Any] = [np.dtype, scalar, *(type(np.dtype(letter)) for letter in "?bBhHiIlLqQefd")]
+    with torch.serialization.safe_globals([*numbers, (scalar, "numpy.core.multiarray.scalar")]):  # NumPy 1's name
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _floats(path: Path, name: str, value: Any) -> np.ndarray:
+    """A tensor as an array that shares its memory."""
     import torch
 
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such checkpoint.") from None
-    except Exception as error:  # torch.load raises a dozen kinds for a file that is not its own
-        raise ValueError(f"{path}: expected a PyTorch checkpoint of tensors and plain values; {error}") from error
-    entries = saved.get("state_dict", saved) if isinstance(saved, dict) else None
-    if not isinstance(entries, dict) or not entries or not all(isinstance(v, torch.Tensor) for v in entries.values()):
-        raise ValueError(f"{path}: expected a dict of tensors, or one under 'state_dict'.")
-    arrays = {name.removeprefix("module."): value.numpy() for name, value in entries.items()}
-    return {name: value for name, value in arrays.items() if not name.endswith("num_batches_tracked")}
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{path}: expected {name} as a tensor; it is of {type(value).__name__}.")
+    value = value.detach()
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if value.layout != torch.strided or value.dtype not in known or value.device.type != "cpu":
+        raise ValueError(f"{path}: expected {name} as floats; it is {value.dtype}, {value.layout}, {value.device}.")
+    if value.dtype == torch.bfloat16:  # which NumPy does not have
+        return value.view(torch.int16).numpy().view(jnp.bfloat16)
+    return value.numpy()
 
 
 class _Taker:
@@ -81,7 +123,9 @@ class _Taker:
     def _fitting(self, name: str, value: np.ndarray, shape: tuple[int, ...], told: str = "") -> jax.Array:
         if value.shape != shape:
             raise ValueError(f"{self.path}: {name} does not fit; expected {shape}{told}, got {value.shape}.")
-        return jnp.asarray(value)
+        if not np.isfinite(value).all():
+            raise ValueError(f"{self.path}: {name} is not finite.")
+        return jnp.asarray(value.astype(np.float32) if value.dtype == jnp.bfloat16 else value)
 
     def param(self, path: tuple, struct: jax.ShapeDtypeStruct) -> jax.Array:
         """A kernel, or any other parameter."""

@@ -7,12 +7,14 @@ are those of the paper's released code with "_" for ".", so its checkpoints map 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import msgspec
 from jax.typing import DTypeLike
 
 from rst_jax.config import near
@@ -54,7 +56,8 @@ class ModelSpec:
       arguments: others of the constructor, by name, for instance (("width", 0.5),); lists become tuples.
 
     Raises:
-      ValueError: an unknown name, or an argument that this network does not take; the nearest one is named.
+      ValueError: an unknown name, an argument that this network does not take (the nearest one is named), or a value of
+        another kind.
     """
 
     name: str
@@ -64,18 +67,22 @@ class ModelSpec:
     arguments: tuple[tuple[str, Any], ...]
 
     def __init__(self, name: str, num_classes: int, mean: Sequence[float], std: Sequence[float], **arguments: Any):
-        if name not in MODELS:
-            hint = near(name, MODELS, "see rst_jax.models.MODELS.")
+        if not isinstance(name, str) or name not in MODELS:
+            hint = near(str(name), MODELS, "see rst_jax.models.MODELS.")
             raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}; {hint}")
         family: Any = MODELS[name].func
-        known = [field.name for field in dataclasses.fields(family) if field.name not in _OTHERS]
+        kinds = {field.name: field.type for field in dataclasses.fields(family) if field.name not in _OTHERS}
         for argument in arguments:
-            if argument not in known:
-                hint = near(argument, known, f"it takes {', '.join(known)}.")
+            if argument not in kinds:
+                hint = near(argument, kinds, f"it takes {', '.join(kinds)}.")
                 raise ValueError(f"model {name!r} takes no argument {argument!r}; {hint}")
-        arguments = {key: _frozen(value) for key, value in arguments.items()}
-        fields = {"name": name, "num_classes": num_classes, "mean": tuple(mean), "std": tuple(std)}
-        for field, value in {**fields, "arguments": tuple(sorted(arguments.items()))}.items():
+        own = tuple(sorted((key, _as(kinds[key], value, key)) for key, value in arguments.items()))
+        mean, std = (_as(tuple[float, ...], value, told) for value, told in ((mean, "mean"), (std, "std")))
+        if not mean or len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean and std must be of each channel, std above 0; got {list(mean)} and {list(std)}.")
+        classes = _as(Annotated[int, msgspec.Meta(ge=1)], num_classes, "num_classes")
+        fields = {"name": name, "num_classes": classes, "mean": mean, "std": std, "arguments": own}
+        for field, value in fields.items():
             object.__setattr__(self, field, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,9 +110,23 @@ class ModelSpec:
         return MODELS[self.name](**fixed, dtype=dtype, param_dtype=param_dtype, bn_axis=bn_axis, remat=remat)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+def _as(kind: Any, value: Any, name: str) -> Any:
+    """A value as one of a type; lists become tuples, whole numbers floats.
+
+    Raises:
+      ValueError: it is of another, or not finite.
+    """
+    try:
+        made = msgspec.convert(_plain(value), kind)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}.") from error
+    if any(isinstance(v, float) and not math.isfinite(v) for v in (made if isinstance(made, tuple) else (made,))):
+        raise ValueError(f"{name} must be finite; got {value}.")
+    return made
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+    """Plain numbers and lists, whoever's they were."""
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value.tolist() if hasattr(value, "tolist") else value

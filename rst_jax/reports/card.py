@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from rst_jax.records import CardRecord, read_json
-from rst_jax.reports.page import CYCLE, ROBUST, figure_of, pairs, render, svg, table_markup
+from rst_jax.reports.page import CYCLE, ROBUST, figure_of, label, pairs, render, svg, table_markup
 from rst_jax.reports.text import columns, percent, radius
-from rst_jax.runtime.files import read_arrays, write_text
+from rst_jax.runtime.files import among, check_arrays, read_arrays, write_text
 from rst_jax.runtime.paths import local_path
+from rst_jax.runtime.text import plain
 
 
 def load_card(path: str | Path) -> CardRecord:
@@ -54,7 +55,7 @@ def card_text(record: CardRecord) -> str:
         f"checks: {sum(c.passed for c in record.checks)} of {len(record.checks)} passed",
         f"verdict: {record.verdict}",
     ]
-    return "\n".join(told)
+    return "\n".join(map(plain, told))
 
 
 def write_card_page(folder: Path) -> Path:
@@ -121,8 +122,8 @@ def _curves(record: CardRecord) -> str:
     for i, row in enumerate(record.rows):
         for curve, axes in ((row.over_passes, middle), (row.over_rounds, right[0] if right else None)):
             if curve and axes:
-                percent = [100 * r for r in curve.robust]
-                axes.plot(curve.effort, percent, color=CYCLE[i % len(CYCLE)], marker="o", markersize=3, label=row.name)
+                percent, colour = [100 * r for r in curve.robust], CYCLE[i % len(CYCLE)]
+                axes.plot(curve.effort, percent, color=colour, marker="o", markersize=3, label=label(row.name))
     middle.set_xscale("log")
     middle.set_xlabel("passes an example")
     for axes in right:
@@ -141,12 +142,16 @@ def _gallery(folder: Path, record: CardRecord, arrays: dict[str, np.ndarray]) ->
     if not path.exists():
         return ""
     shown = read_arrays(path)
+    check_arrays(path, shown, {"row": "U", "index": "i n", "clean": "f n h w c", "adversarial": "f n h w c"})
     row = next((r for r in record.rows if r.name == str(shown["row"])), None)
     if row is None or not len(shown["index"]):
         return ""
-    index, names = shown["index"], list(row.broken)
-    labels = arrays["label"][index]
-    attack, prediction = arrays[f"{row.name}/attack"][index], arrays[f"{row.name}/prediction"][index]
+    index, names, told = shown["index"], list(row.broken), f"{row.name}/"
+    wanted = {"label": "i m", f"{told}attack": "i k", f"{told}prediction": "i k"}
+    n = min(check_arrays(folder / "examples.npz", arrays, wanted).values())
+    if not among(index, n) or not among(attack := arrays[f"{told}attack"][index], len(names)):
+        raise ValueError(f"{path}: its examples are not among those that {row.name} broke.")
+    labels, prediction = arrays["label"][index], arrays[f"{told}prediction"][index]
     said = [[str(k) for k in labels], [f"{k}\n{names[a]}" for k, a in zip(prediction, attack, strict=True)]]
     lower, upper = record.box
     clean, adversarial = ((shown[name] - lower) / (upper - lower) for name in ("clean", "adversarial"))

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from rst_jax.reports.page import CYCLE, INK, NATURAL, ROBUST, figure_of, pairs, svg
+from rst_jax.reports.page import CYCLE, INK, NATURAL, ROBUST, figure_of, label, pairs, svg
 from rst_jax.reports.results import Results
 
 
@@ -14,16 +14,16 @@ def ratio_plot(results: Results) -> str:
     if not drawn:
         return ""
     figure, axes = figure_of(8, 3.6)
-    x = [100 * t.remaining_ratio for t in drawn]
-    series = (("natural", "natural", NATURAL), (f"robust ({drawn[0].attack.name})", "robust", ROBUST))  # fmt: skip
-    for label, field, colour in series:
+    x, attack = [100 * t.remaining_ratio for t in drawn], label(drawn[0].attack.name)
+    series = (("natural", "natural", NATURAL), (f"robust ({attack})", "robust", ROBUST))
+    for told, field, colour in series:
         points: list[Any] = [getattr(t, field) for t in drawn]
         y = np.array([100 * a.value for a in points])
         bars = [y - [100 * a.low for a in points], [100 * a.high for a in points] - y]
-        axes.errorbar(x, y, yerr=bars, color=colour, marker="o", capsize=3, label=label)
+        axes.errorbar(x, y, yerr=bars, color=colour, marker="o", capsize=3, label=told)
         for t in results.dense:
             axes.axhline(
-                100 * getattr(t, field).value, color=colour, linestyle="--", linewidth=1.2, label=f"{label}, dense"
+                100 * getattr(t, field).value, color=colour, linestyle="--", linewidth=1.2, label=f"{told}, dense"
             )
     axes.set_xscale("log")
     axes.set_xticks(x, [f"{v:g}" for v in x])
@@ -62,7 +62,7 @@ def r2s_plot(results: Results) -> str:
         return ""
     figure, axes = figure_of(8, 2.2)
     bars = [
-        (f"best single ticket ({r.best_single_name}), attacked", r.best_single, ROBUST),
+        (f"best single ticket ({label(r.best_single_name)}), attacked", r.best_single, ROBUST),
         ("R2S, worst of the attacks on its tickets", r.worst_of_pool, CYCLE[2]),
         ("R2S, transfer only (paper)", r.transfer_only, CYCLE[5]),
         ("R2S, natural", r.natural, NATURAL),
@@ -70,7 +70,7 @@ def r2s_plot(results: Results) -> str:
     for place, (_, value, colour) in enumerate(bars):
         axes.barh(place, 100 * value, color=colour, height=0.65)
         axes.text(100 * value - 1, place, f"{100 * value:.1f}", va="center", ha="right", color="white")
-    axes.set_yticks(range(len(bars)), [label for label, _, _ in bars])
+    axes.set_yticks(range(len(bars)), [told for told, _, _ in bars])
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy (%)")
     return svg(figure)
@@ -86,16 +86,17 @@ def curves_plot(results: Results) -> str:
         rows = [row for row in results.metrics if row["run"] == ticket.name]
         colour, style = CYCLE[i % len(CYCLE)], "--" if ticket.kind == "dense" else "-"
         train = [(row["step"], 100 * row["adversarial_accuracy"]) for row in rows if "adversarial_accuracy" in row]
-        held = [(row["step"], 100 * row["natural"], 100 * row["robust"]) for row in rows if "robust" in row]
+        both = [row for row in rows if {"natural", "robust"} <= row.keys()]
+        held = [(row["step"], 100 * row["natural"], 100 * row["robust"]) for row in both]
         if train:
-            left.plot(*zip(*train, strict=True), color=colour, linestyle=style, label=ticket.name, linewidth=1.4)
+            left.plot(*zip(*train, strict=True), color=colour, linestyle=style, label=label(ticket.name), linewidth=1.4)
         if held:
             steps, natural, robust = zip(*held, strict=True)
             right.plot(steps, natural, color=colour, linestyle=style, linewidth=0.8)
             right.plot(steps, robust, color=colour, linestyle=style, linewidth=1.8, marker="o", markersize=3)
-    for axes, label in ((left, "training accuracy under attack (%)"), (right, f"{chosen} accuracy (%)")):
+    for axes, told in ((left, "training accuracy under attack (%)"), (right, f"{chosen} accuracy (%)")):
         axes.set_xlabel("step")
-        axes.set_ylabel(label)
+        axes.set_ylabel(told)
         axes.grid(axis="y", color="#e4e8eb")
     left.legend(frameon=False, fontsize=8)
     return svg(figure)

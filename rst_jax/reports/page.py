@@ -3,9 +3,12 @@
 import base64
 import html
 import io
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from rst_jax.runtime.text import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,23 +62,32 @@ def render(
       made: the last line: where and with what.
     """
     sections = "".join(
-        f"<figure><h2>{html.escape(heading)}</h2>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f"<figure><h2>{_escaped(heading)}</h2>{picture}<figcaption>{_escaped(caption)}</figcaption></figure>"
         for heading, picture, caption in figures
         if picture
     )
     return _PAGE.format(
-        title=html.escape(title),
+        title=_escaped(title),
         table=table_markup(header, rows),
-        notes="".join(f"<p>{html.escape(note)}</p>" for note in notes),
+        notes="".join(f"<p>{_escaped(note)}</p>" for note in notes),
         sections=sections,
-        made=html.escape(made),
+        made=_escaped(made),
     )
+
+
+def _escaped(text: str) -> str:
+    return html.escape(plain(text))
+
+
+def label(text: object) -> str:
+    """A text as Matplotlib shows it: plainly, and "$" begins no formula."""
+    return plain(text).replace("$", r"\$")
 
 
 def table_markup(header: list[str], rows: list[list[str]]) -> str:
     """A table of plain texts as markup."""
-    heads = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    heads = "".join(f"<th>{_escaped(h)}</th>" for h in header)
+    cells = "".join("<tr>" + "".join(f"<td>{_escaped(c)}</td>" for c in row) + "</tr>" for row in rows)
     return f'<div class="table"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
 
 
@@ -102,7 +114,7 @@ def svg(figure: "Figure") -> str:
 
     text = io.StringIO()
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": "rst_jax"}):
-        figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
+        _save(figure, text, format="svg", metadata={"Date": None}, transparent=True)
     body = text.getvalue()
     return body[body.index("<svg") :]
 
@@ -110,7 +122,7 @@ def svg(figure: "Figure") -> str:
 def pairs(clean: np.ndarray, adversarial: np.ndarray, said: list[list[str]], wrong: list[list[bool]]) -> str:
     """Images [n, H, W, C] above their adversarial ones, each under what it is taken for, red where that is wrong.
 
-    `said` and `wrong` are two rows of n.
+    `said` and `wrong` are two rows of n. Images that have neither one channel nor three are shown as the mean of these.
     """
     from matplotlib.figure import Figure
 
@@ -120,13 +132,21 @@ def pairs(clean: np.ndarray, adversarial: np.ndarray, said: list[list[str]], wro
     for row, images in enumerate((clean, adversarial)):
         for column, image in enumerate(images):
             axes, colour = grid[row, column], ROBUST if wrong[row][column] else INK
-            axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray_r", vmin=0, vmax=1)
+            seen = image if image.shape[-1] == 3 else image.mean(-1)
+            axes.imshow(np.clip(seen, 0, 1), cmap="gray_r", vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
-            axes.set_title(said[row][column], fontsize=10, color=colour)
+            axes.set_title("\n".join(map(label, said[row][column].split("\n"))), fontsize=10, color=colour)
             for spine in axes.spines.values():
                 spine.set_color(ROBUST if wrong[row][column] else "#dde2e6")
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
+    _save(figure, picture, format="png", dpi=150)
     data = base64.b64encode(picture.getvalue()).decode()
     return f'<img alt="clean and adversarial images" src="data:image/png;base64,{data}">'
+
+
+def _save(figure: "Figure", file: Any, **options: Any) -> None:
+    """`savefig`; a letter that the font has not is a box, without a word of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(file, **options)

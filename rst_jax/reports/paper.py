@@ -10,7 +10,7 @@ from typing import Any
 
 from rst_jax.config import near
 from rst_jax.records import AttackRecord, TicketRecord
-from rst_jax.reports.page import CYCLE, figure_of, render, svg
+from rst_jax.reports.page import CYCLE, figure_of, label, render, svg
 from rst_jax.reports.text import columns, radius
 from rst_jax.runtime.files import write_json, write_text
 
@@ -205,7 +205,7 @@ def ratio(lines: Sequence[Line], figure: Mapping[str, Any]) -> str:
             color=colour,
             marker="o",
             capsize=3,
-            label=group,
+            label=label(group),
         )
         for line in own:
             if line.kind == "dense":

@@ -8,6 +8,7 @@ from rst_jax.reports.page import render
 from rst_jax.reports.results import Results
 from rst_jax.reports.text import columns, percent, radius
 from rst_jax.runtime.files import write_text
+from rst_jax.runtime.text import plain
 
 
 def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -49,7 +50,7 @@ def _sentences(results: Results) -> list[str]:
 
 def report_text(results: Results) -> str:
     """The figures as text for a terminal."""
-    return "\n".join([*columns(*_cells(results), right=True), "", *_sentences(results)])
+    return "\n".join(map(plain, [*columns(*_cells(results), right=True), "", *_sentences(results)]))
 
 
 def write_report(workdir: Path, results: Results) -> Path:

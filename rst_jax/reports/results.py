@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rst_jax.records import R2SRecord, TicketRecord, TransferRecord, read_json
-from rst_jax.runtime.files import read_arrays, read_lines
+from rst_jax.runtime.files import among, check_arrays, read_arrays, read_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,21 @@ def read_results(workdir: Path, names: list[str]) -> Results:
         read_json(transfer, TransferRecord) if transfer.exists() else None,
         read_json(r2s, R2SRecord) if r2s.exists() else None,
         read_lines(workdir / "metrics.jsonl"),
-        read_arrays(gallery) if gallery.exists() else None,
+        read_gallery(gallery) if gallery.exists() else None,
         [card.parent for t in tickets for card in sorted((folder / "cards").glob(f"{t.name}-*/card.json"))],
     )
+
+
+def read_gallery(path: Path) -> dict[str, np.ndarray]:
+    """Images to look at: clean and adversarial [n, H, W, C], labels, predictions [n], class names.
+
+    Raises:
+      ValueError: there are none, or they are no such images.
+    """
+    found = read_arrays(path)
+    images, said = ("clean", "adversarial"), ("labels", "clean_prediction", "adversarial_prediction")
+    wanted = dict.fromkeys(images, "f n h w c") | dict.fromkeys(said, "i n") | {"names": "U k"}
+    lengths = check_arrays(path, found, wanted)
+    if not lengths["n"] or not all(among(found[k], lengths["k"]) for k in said):
+        raise ValueError(f"{path}: expected images of its {lengths['k']} classes.")
+    return found

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rst_jax.records import Accuracy
+from rst_jax.runtime.text import plain
 
 
 def percent(a: Accuracy) -> str:
@@ -18,6 +19,7 @@ def radius(eps: float) -> str:
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool) -> list[str]:
     """The lines of a table, ruled below its header; `right`: all columns but the first end on the right."""
+    header, rows = [plain(cell) for cell in header], [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

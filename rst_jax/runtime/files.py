@@ -1,20 +1,24 @@
-"""Files that appear whole or not at all, and what can be read back: JSON, arrays without pickle, JSON lines."""
+"""Files that appear whole or not at all, and what can be read back: arrays without pickle, JSON lines."""
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
-import math
+import os
 import re
 import shutil
 import uuid
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import PyTree
+
+from rst_jax.runtime.door import from_json, read_text, stored_arrays
 
 # What a killed process leaves: a file or folder of `whole` or `save_tickets`, or one of Orbax.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}|\..+[.-](new|old)|.+\.orbax-checkpoint-tmp(-\d+)?")
@@ -96,17 +100,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
       ValueError: there is no such file, or it is no .npz file; it is named.
     """
-    try:
-        with path.open("rb") as file:
-            if file.read(6) == np.lib.format.MAGIC_PREFIX:
-                raise ValueError("it is one array, as an .npy file; expected several, as an .npz file")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file.") from None
-    except (AttributeError, EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a readable file of arrays ({error}).") from error
+    with stored_arrays(path) as stored:
+        return {name: array.read() for name, array in stored.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +114,50 @@ class Pieces:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (np.ascontiguousarray(array, self.dtype) for array in self.arrays)
+
+
+def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], wanted: Mapping[str, str]) -> dict[str, int]:
+    """Refuse what a file lacks, or holds in another kind or shape, and floats that are not finite.
+
+    Args:
+      path: of the file, for the message.
+      arrays: that it holds.
+      wanted: of each name NumPy's letter for its kind and its axes, such as "f n h w c".
+
+    Returns:
+      The length of each axis, which it has everywhere.
+
+    Raises:
+      ValueError: an array is named.
+    """
+    lengths: dict[str, int] = {}
+    for name, (kind, *axes) in ((name, told.split()) for name, told in wanted.items()):
+        if name not in arrays:
+            raise ValueError(f"{path}: expected {name} as {wanted[name]!r}; it is missing.")
+        array = arrays[name]
+        fits = array.dtype.kind == kind and array.ndim == len(axes)
+        fits = fits and all(lengths.setdefault(axis, n) == n for axis, n in zip(axes, array.shape, strict=True))
+        if not fits or (kind == "f" and not np.isfinite(array).all()):
+            it_is = f"{array.dtype} {list(array.shape)}"
+            raise ValueError(f"{path}: expected {name} as {wanted[name]!r}, finite; it is {it_is}.")
+    return lengths
+
+
+def among(places: np.ndarray, n: int) -> bool:
+    """Whether all are places of n things, counted from 0."""
+    return bool(((places >= 0) & (places < n)).all())
+
+
+def digest(*trees: PyTree) -> str:
+    """SHA-256 over the paths, shapes, types and bytes of the arrays, or of `Pieces`, read one after the other."""
+    sum_ = hashlib.sha256()
+    for tree in trees:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            array = leaf if isinstance(leaf, Pieces) else np.asarray(leaf)
+            sum_.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+            for piece in array if isinstance(array, Pieces) else (array,):
+                sum_.update(np.ascontiguousarray(piece).tobytes())
+    return sum_.hexdigest()
 
 
 def write_arrays_in_pieces(path: Path, arrays: Mapping[str, np.ndarray | Pieces]) -> None:
@@ -139,33 +178,8 @@ def arrays_in_pieces(path: Path, rows: int) -> Iterator[dict[str, Pieces]]:
     Raises:
       ValueError: it is no .npz file; it is named.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
-            yield {name.removesuffix(".npy"): _member(file, name, rows) for name in file.namelist()}
-    except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a readable file of arrays ({error}).") from error
-
-
-def _member(file: zipfile.ZipFile, name: str, rows: int) -> Pieces:
-    with file.open(name) as member:
-        shape, dtype = _header(member)
-
-    def read() -> Iterator[np.ndarray]:
-        with file.open(name) as member:
-            _header(member)
-            for first in range(0, shape[0], rows):
-                there = (min(rows, shape[0] - first), *shape[1:])
-                yield np.frombuffer(member.read(math.prod(there) * dtype.itemsize), dtype).reshape(there)
-
-    return Pieces(shape, dtype, read())
-
-
-def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    np.lib.format.read_magic(member)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-    if fortran or dtype.hasobject:
-        raise ValueError(f"expected rows of numbers; got {dtype}, {'columns' if fortran else 'rows'} first.")
-    return shape, dtype
+    with stored_arrays(path) as stored:
+        yield {name: Pieces(array.shape, array.dtype, array.pieces(rows)) for name, array in stored.items()}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -180,13 +194,25 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line cut off by a kill is left out."""
-    if not path.exists():
-        return []
+    """The rows of a metrics.jsonl: a "run", its "step", and numbers; a last line cut off by a kill is left out.
+
+    Raises:
+      ValueError: it is no text; it is named.
+    """
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in read_text(path).splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = from_json(line, dict[str, int | float | str])
+            texts = {name for name, value in row.items() if isinstance(value, str)}
+            if texts == {"run"} and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
+
+
+def no_link(name: str, flags: int) -> int:
+    """An opener for what is written in place: it does not follow a link to another file.
+
+    Raises:
+      OSError: it is a link.
+    """
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

@@ -8,6 +8,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from rst_jax.runtime.mesh import is_main
+from rst_jax.runtime.text import lines
 
 _EVERY = 180.0  # seconds between two lines where there is no terminal
 
@@ -20,7 +21,7 @@ def make_say(active: bool = True) -> Say:
 
     def say(text: str) -> None:
         if active:
-            tqdm.write(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stdout)
+            tqdm.write(lines(f"[{time.monotonic() - start:6.1f} s] {text}", sys.stdout.encoding), file=sys.stdout)
             sys.stdout.flush()
 
     return say

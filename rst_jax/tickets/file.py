@@ -11,22 +11,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from rst_jax.models import ModelSpec
-from rst_jax.runtime.files import read_arrays, write_arrays
+from rst_jax.runtime.door import Stored, from_json, stored_arrays
+from rst_jax.runtime.files import write_arrays
 from rst_jax.runtime.paths import local_path
-from rst_jax.tickets.ticket import Origin, Ticket
+from rst_jax.tickets.fit import Network, Pixels, Told, check_array, check_finite, flat, nest, same_names
+from rst_jax.tickets.ticket import Ticket
 
-_FORMAT = 1
+_LONGEST = 2**16  # bytes of what a file tells besides its arrays
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Meta(Told):
+    """What a ticket's file says besides its arrays."""
+
+    model: dict[str, Any]
+    image_shape: tuple[Pixels, Pixels, Pixels]
 
 
 def save_ticket(ticket: Ticket, path: str | Path) -> None:
     """Write the file; it appears whole or not at all."""
     meta = {
-        "format": _FORMAT,
+        "format": ticket.format,
         "model": ticket.model.to_dict(),
         "image_shape": list(ticket.image_shape),
         "remaining_ratio": ticket.remaining_ratio,
@@ -35,16 +43,16 @@ def save_ticket(ticket: Ticket, path: str | Path) -> None:
         "meta": dataclasses.asdict(ticket.origin),
     }
     arrays: dict[str, np.ndarray] = {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
-    for name, mask in _flat(ticket.masks):
+    for name, mask in flat(ticket.masks):
         arrays[f"mask/{name}"] = np.packbits(np.asarray(mask, bool).reshape(-1))
         arrays[f"mask_shape/{name}"] = np.asarray(np.shape(mask), np.int32)
-    masks = dict(_flat(ticket.masks))
-    for name, weight in _flat(ticket.weights):
+    masks = dict(flat(ticket.masks))
+    for name, weight in flat(ticket.weights):
         weight = np.asarray(weight)
         arrays[f"shape/{name}"] = np.asarray(weight.shape, np.int32)
         keep = np.broadcast_to(masks[name], weight.shape) if name in masks else np.ones(weight.shape, bool)
         arrays[f"weight/{name}"] = _shrink(weight[keep])
-    for name, value in _flat(ticket.batch_stats):
+    for name, value in flat(ticket.batch_stats):
         arrays[f"stats/{name}"] = np.asarray(value)
     write_arrays(local_path(path), arrays)
 
@@ -56,49 +64,83 @@ def load_ticket(path: str | Path) -> Ticket:
       ValueError: there is no such file, it is not a ticket, or its digest does not match its content.
     """
     path = local_path(path)
-    arrays = read_arrays(path)
+    with stored_arrays(path) as stored:
+        try:
+            meta = _meta(stored)
+            ticket = _ticket(stored, meta, path.stat().st_size)
+            check_finite(ticket)
+        except (ValueError, TypeError, MemoryError) as error:
+            raise ValueError(f"{path}: this is not a readable ticket: {error}.") from error
     try:
-        meta = json.loads(arrays["meta"].tobytes())
-        if meta["format"] != _FORMAT:
-            raise ValueError(f"it has format {meta['format']}, this version reads {_FORMAT}")
-
-        def part(prefix: str) -> dict[str, np.ndarray]:
-            return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
-
-        mask_shapes, masks = part("mask_shape/"), {}
-        for name, packed in part("mask/").items():
-            shape = tuple(int(n) for n in mask_shapes[name])
-            masks[name] = np.unpackbits(packed, count=math.prod(shape)).astype(bool).reshape(shape)
-        weights = {}
-        for name, stored_shape in part("shape/").items():
-            kept = _grow(arrays[f"weight/{name}"])
-            weight = np.zeros(tuple(int(n) for n in stored_shape), kept.dtype)
-            weight[np.broadcast_to(masks[name], weight.shape) if name in masks else ...] = (
-                kept if name in masks else kept.reshape(weight.shape)
-            )
-            weights[name] = weight
-        ticket = Ticket(
-            model=ModelSpec(**meta["model"]),
-            image_shape=tuple(meta["image_shape"]),
-            remaining_ratio=meta["remaining_ratio"],
-            weights=_nest(weights),
-            masks=_nest(masks),
-            batch_stats=_nest(part("stats/")),
-            kind=meta.get("kind") or ("scratch" if masks else "dense"),
-            origin=origin_of(meta["meta"]),
-        )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}: this is not a readable ticket: {error}.") from error
-    if ticket.digest != meta["digest"]:
-        raise ValueError(
-            f"{path}: damaged; its content's digest is {ticket.digest[:12]}, it says {meta['digest'][:12]}."
-        )
-    return ticket
+        return meta.check(ticket)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
 
 
-def origin_of(told: Mapping[str, Any]) -> Origin:
-    """What the file says of the origin; other entries, which earlier versions let callers add, are left out."""
-    return Origin(**{field.name: told[field.name] for field in dataclasses.fields(Origin) if field.name in told})
+def _meta(stored: Mapping[str, Stored]) -> _Meta:
+    if "meta" not in stored:
+        raise ValueError("it holds no 'meta'")
+    told = stored["meta"]
+    if told.dtype != np.uint8 or len(told.shape) != 1 or told.shape[0] > _LONGEST:
+        raise ValueError(f"its 'meta' is {told.dtype} {list(told.shape)}; expected text")
+    return from_json(told.read().tobytes(), _Meta)
+
+
+def _ticket(stored: Mapping[str, Stored], meta: _Meta, size: int) -> Ticket:
+    """The ticket; of each array is seen that it fits before it is read."""
+
+    def part(prefix: str) -> dict[str, Stored]:
+        return {name.removeprefix(prefix): array for name, array in stored.items() if name.startswith(prefix)}
+
+    model = ModelSpec(**meta.model)
+    network, packed, stats = Network(model, meta.image_shape, size, len(stored)), part("mask/"), part("stats/")
+    kind = meta.kind or ("scratch" if packed else "dense")
+    shapes = {name: _shape(name, array) for name, array in part("mask_shape/").items()}
+    network.check_masks(shapes, kind)
+    same_names(shapes, packed, "mask")
+    for what in ("shape", "weight"):
+        same_names(network.params, part(f"{what}/"), what)
+    same_names(network.batch_stats, stats, "statistic")
+    known = 1 + 2 * len(shapes) + 2 * len(network.params) + len(stats)
+    if len(stored) != known:
+        raise ValueError(f"it holds {len(stored)} arrays; expected {known}")
+    masks = {name: _mask(name, packed[name], shape) for name, shape in shapes.items()}
+    weights = {}
+    for name, shape in network.params.items():
+        if (said := _shape(name, stored[f"shape/{name}"])) != shape:
+            raise ValueError(f"{name}: expected {list(shape)}; it is {list(said)}")
+        weights[name] = _weight(name, stored[f"weight/{name}"], shape, masks.get(name))
+    for name, shape in network.batch_stats.items():
+        check_array(name, stats[name].shape, stats[name].dtype, shape)
+    read = {name: array.read() for name, array in stats.items()}
+    trees = nest(weights), nest(masks), nest(read)
+    return Ticket(model, meta.image_shape, meta.remaining_ratio, *trees, kind, meta.meta, meta.format)
+
+
+def _shape(name: str, stored: Stored) -> tuple[int, ...]:
+    if stored.dtype != np.int32 or len(stored.shape) != 1 or stored.shape[0] > 8:
+        raise ValueError(f"the shape of {name} is {stored.dtype} {list(stored.shape)}; expected int32 [axes]")
+    return tuple(map(int, stored.read()))
+
+
+def _mask(name: str, stored: Stored, shape: tuple[int, ...]) -> np.ndarray:
+    n = math.prod(shape)
+    check_array(f"the mask of {name}", stored.shape, stored.dtype, (math.ceil(n / 8),), "bytes")
+    return np.unpackbits(stored.read(), count=n).astype(bool).reshape(shape)
+
+
+def _weight(name: str, stored: Stored, shape: tuple[int, ...], mask: np.ndarray | None) -> np.ndarray:
+    """A parameter, zero where its mask keeps nothing."""
+    keep = np.broadcast_to(True if mask is None else mask, shape)
+    n = int(keep.sum())
+    if stored.dtype.names is None:
+        check_array(name, stored.shape, stored.dtype, (n,))
+        kept = stored.read()
+    else:
+        kept = _grow(name, stored, n)
+    weight = np.zeros(shape, kept.dtype)
+    weight[keep] = kept
+    return weight
 
 
 def _shrink(values: np.ndarray) -> np.ndarray:
@@ -121,23 +163,16 @@ def _shrink(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _grow(stored: np.ndarray) -> np.ndarray:
-    if stored.dtype.names is None:
-        return stored
-    positive = np.unpackbits(stored["bits"], count=int(stored["count"])).astype(bool)
-    return np.where(positive, stored["magnitude"], -stored["magnitude"]).astype(stored["magnitude"].dtype)
-
-
-def _flat(tree: PyTree) -> list[tuple[str, Any]]:
-    return [("/".join(p.key for p in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _nest(flat: dict[str, Any]) -> PyTree:
-    tree: PyTree = {}
-    for name, value in flat.items():
-        *folders, last = name.split("/")
-        here = tree
-        for folder in folders:
-            here = here.setdefault(folder, {})
-        here[last] = value
-    return tree
+def _grow(name: str, stored: Stored, n: int) -> np.ndarray:
+    """The inverse of `_shrink`, for n values."""
+    fields: Mapping[str, Any] = stored.dtype.fields or {}
+    if stored.shape != () or set(fields) != {"magnitude", "count", "bits"}:
+        raise ValueError(f"{name}: expected floats or their signs; it is {stored.dtype} {list(stored.shape)}")
+    check_array(f"the magnitude of {name}", (), fields["magnitude"][0], ())
+    bits = fields["bits"][0]
+    check_array(f"the signs of {name}", bits.shape, bits.base, (math.ceil(n / 8),), "bytes")
+    record = stored.read()
+    if int(record["count"]) != n:
+        raise ValueError(f"{name}: it has {record['count']} signs; its mask keeps {n}")
+    positive = np.unpackbits(record["bits"], count=n).astype(bool)
+    return np.where(positive, record["magnitude"], -record["magnitude"]).astype(record["magnitude"].dtype)

@@ -5,22 +5,42 @@ Orbax writes to a temporary name and renames, so a kill leaves the checkpoint be
 
 import contextlib
 import dataclasses
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from rst_jax import subnet
 from rst_jax.models import ModelSpec
+from rst_jax.runtime.door import read_json
 from rst_jax.runtime.files import make_folder
 from rst_jax.runtime.mesh import from_main, is_main
 from rst_jax.runtime.work import cause
-from rst_jax.tickets.file import load_ticket, origin_of, save_ticket
+from rst_jax.tickets.file import load_ticket, save_ticket
+from rst_jax.tickets.fit import Network, Pixels, Told, check_array, check_finite, flat, nest, same_names
 from rst_jax.tickets.ticket import Ticket
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _About:
+    """What the checkpoint says of its tickets besides their arrays."""
+
+    mask_shapes: dict[str, Any]
+    model: dict[str, Any]
+    image_shape: tuple[Pixels, Pixels, Pixels]
+    tickets: dict[str, Told]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The network."""
+        return ModelSpec(**self.model)
 
 
 class TicketStore:
@@ -84,7 +104,13 @@ def save_tickets(directory: Path, params: PyTree, tickets: Sequence[Ticket]) -> 
         "tickets": {t.name: {"masks": subnet.pack(t.masks), "batch_stats": t.batch_stats} for t in tickets},
     }
     told = {
-        t.name: {"remaining_ratio": t.remaining_ratio, "kind": t.kind, "meta": dataclasses.asdict(t.origin)}
+        t.name: {
+            "remaining_ratio": t.remaining_ratio,
+            "kind": t.kind,
+            "meta": dataclasses.asdict(t.origin),
+            "format": t.format,
+            "digest": t.digest,
+        }
         for t in tickets
     }
     about = {
@@ -121,30 +147,51 @@ def restore_tickets(directory: Path) -> list[Ticket]:
     if not directory.is_dir():
         raise ValueError(f"{directory}: there is no checkpoint of tickets; the stage 'search' writes it.")
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(
-                directory.absolute(),
-                args=ocp.args.Composite(tickets=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()),
-            )
+        about = read_json(directory / "about" / "metadata", _About)
+        shapes = dict(_shapes(about.mask_shapes))
+        content = _restore(directory / "tickets", about, shapes)
+        tickets = [_ticket(about, name, content, shapes) for name in about.tickets]
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise ValueError(f"{directory}: this checkpoint of tickets cannot be read ({cause(error)}).") from error
-    content, about = jax.tree.map(np.asarray, restored.tickets), dict(restored.about)
-    shapes = jax.tree.map(
-        lambda shape: np.empty(shape, bool), about["mask_shapes"], is_leaf=lambda s: isinstance(s, list)
-    )
-    tickets = []
-    for name, told in about["tickets"].items():
-        stored = content["tickets"][name]
-        tickets.append(
-            Ticket.make(
-                ModelSpec(**about["model"]),
-                about["image_shape"],
-                told["remaining_ratio"],
-                content["params"],
-                subnet.unpack(stored["masks"], shapes),
-                stored.get("batch_stats") or {},
-                told.get("kind", "scratch"),
-                origin_of(told["meta"]),
-            )
-        )
     return sorted(tickets, key=lambda t: t.remaining_ratio)
+
+
+def _shapes(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The shapes of nested dicts by their paths."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _shapes(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, msgspec.convert(value, tuple[int, ...])
+
+
+def _restore(folder: Path, about: _About, shapes: dict[str, tuple[int, ...]]) -> PyTree:
+    """The arrays; that they fit is seen before any is read."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        declared = dict(flat(handler.metadata(folder.absolute()).tree))
+        size = sum(path.stat().st_size for path in files)
+        network = Network(about.spec, about.image_shape, size, len(declared))
+        wanted = {f"params/{name}": (shape, "floats") for name, shape in network.params.items()}
+        for ticket, told in about.tickets.items():
+            network.check_masks(shapes, told.kind or "scratch")
+            packed = {name: (math.ceil(math.prod(shape) / 8),) for name, shape in shapes.items()}
+            wanted |= {f"tickets/{ticket}/masks/{name}": (shape, "bytes") for name, shape in packed.items()}
+            stats = network.batch_stats.items()
+            wanted |= {f"tickets/{ticket}/batch_stats/{name}": (shape, "floats") for name, shape in stats}
+        same_names(wanted, declared, "array")
+        for name, (shape, what) in wanted.items():
+            check_array(name, declared[name].shape, np.dtype(declared[name].dtype), shape, what)
+        return jax.tree.map(np.asarray, handler.restore(folder.absolute()))
+
+
+def _ticket(about: _About, name: str, content: PyTree, shapes: dict[str, tuple[int, ...]]) -> Ticket:
+    told, stored = about.tickets[name], content["tickets"][name]
+    if told.meta.name != name:
+        raise ValueError(f"the ticket {name!r} calls itself {told.meta.name!r}")
+    masks = subnet.unpack(stored["masks"], nest({mask: np.empty(shape, bool) for mask, shape in shapes.items()}))
+    parts = content["params"], masks, stored.get("batch_stats") or {}
+    kind = told.kind or "scratch"
+    ticket = Ticket.make(about.spec, about.image_shape, told.remaining_ratio, *parts, kind, told.meta, told.format)
+    check_finite(ticket)
+    return told.check(ticket)

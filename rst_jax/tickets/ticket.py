@@ -1,6 +1,7 @@
 """A ticket: frozen weights, a mask and batch statistics, ready to classify, and where it comes from."""
 
 import dataclasses
+import json
 from functools import cached_property, partial
 from typing import Literal
 
@@ -13,6 +14,7 @@ from jaxtyping import PyTree
 from rst_jax import subnet
 from rst_jax.models import ModelSpec
 from rst_jax.records import digest
+from rst_jax.runtime.text import check_name
 
 Kind = Literal["scratch", "finetuned", "trained", "dense"]
 
@@ -28,6 +30,9 @@ class Origin:
       pattern, weight_init: as in the configuration.
       epoch: its checkpoint's; selected_on: the images that chose it ("holdout", "test").
       selection_natural, selection_robust: accuracies on those images, fractions.
+
+    Raises:
+      ValueError: the name is no plain word, which files and folders could have.
     """
 
     name: str = "ticket"
@@ -39,6 +44,9 @@ class Origin:
     selected_on: str = ""
     selection_natural: float | None = None
     selection_robust: float | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "a ticket's name")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +62,7 @@ class Ticket:
       kind: scratch (a mask over weights that nobody trained), finetuned (its weights trained under the mask), trained
         (a mask over trained weights) or dense (no mask).
       origin: where it comes from.
+      format: of its file; 1: as version 0.3 wrote it, whose digest covers weights and statistics alone.
     """
 
     model: ModelSpec
@@ -64,6 +73,7 @@ class Ticket:
     batch_stats: PyTree
     kind: Kind = "scratch"
     origin: Origin = Origin()
+    format: int = 2
 
     @property
     def name(self) -> str:
@@ -86,12 +96,13 @@ class Ticket:
         batch_stats: PyTree,
         kind: Kind = "scratch",
         origin: Origin = Origin(),
+        format: int = 2,
     ) -> "Ticket":
         """A ticket from unmasked parameters, its arrays on the host."""
         params, masks, batch_stats = jax.tree.map(np.asarray, (params, masks, batch_stats))
         weights = jax.tree.map(lambda w: w + 0.0, subnet.apply_masks(params, masks))  # no -0.0: digests compare bytes
         weights = jax.tree.map(np.asarray, weights)
-        return cls(model, tuple(image_shape), ratio, weights, masks, batch_stats, kind, origin)
+        return cls(model, tuple(image_shape), ratio, weights, masks, batch_stats, kind, origin, format)
 
     @cached_property
     def module(self) -> nn.Module:
@@ -100,8 +111,18 @@ class Ticket:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the weights and the statistics: two tickets that classify alike share it."""
-        return digest(self.weights, self.batch_stats)
+        """SHA-256 of all that it is: weights, statistics, masks, the network, its images, ratio, kind and origin."""
+        if self.format == 1:
+            return digest(self.weights, self.batch_stats)
+        about = {
+            "model": self.model.to_dict(),
+            "image_shape": list(map(int, self.image_shape)),
+            "remaining_ratio": float(self.remaining_ratio),
+            "kind": self.kind,
+            "origin": dataclasses.asdict(self.origin),
+        }
+        told = np.frombuffer(json.dumps(about, sort_keys=True).encode(), np.uint8)
+        return digest({"weights": self.weights, "batch_stats": self.batch_stats, "masks": self.masks, "about": told})
 
     @cached_property
     def weight_counts(self) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from rst_jax.evaluation.images import ImageFile
 from rst_jax.evaluation.programs import Programs, sizes
 from rst_jax.evaluation.question import examine
 from rst_jax.losses import margin
-from rst_jax.runtime.files import write_arrays
+from rst_jax.runtime.files import read_arrays, write_arrays
 from rst_jax.runtime.mesh import make_mesh
 from rst_jax.threat import ThreatModel
 
@@ -346,7 +346,35 @@ def test_a_torn_batch_is_made_again(whole, tmp_path, monkeypatch):
     pieces = sorted((tmp_path / "batches").iterdir())
     assert len(pieces) == 3
     pieces[1].write_bytes(pieces[1].read_bytes()[:100])
+    for piece, change in ((0, {"held": None}), (2, {"queries": np.zeros(1, np.int32)})):
+        write_arrays(pieces[piece], edited(read_arrays(pieces[piece]), change))
     same(whole, evidence(4, folder=tmp_path))
+
+
+def edited(arrays, change):
+    """Arrays, some of them others, or left out for None."""
+    return {name: array for name, array in (arrays | change).items() if array is not None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attack": None},
+        {"attack": np.full(N, 7, np.int16)},
+        {"attack": np.full(N, -1, np.int64)},
+        {"queries": np.zeros(N - 1, np.int32)},
+        {"kept": np.asarray(3)},
+        {"kept": np.arange(3)},
+        {"kept": np.asarray([N]), "adversarial": np.zeros((1, 4, 5, 1), np.float32)},
+        {"more": np.zeros(3)},
+    ],
+)
+def test_what_is_no_evidence_of_these_examples_is_made_again(whole, tmp_path, change):
+    same(whole, evidence(folder=tmp_path))
+    told = read_arrays(tmp_path / "row.npz")
+    like = Evidence.none(examples(made(32, 1).logits(NETWORK, IMAGES, N)), len(CASCADE))
+    same(whole, Evidence.of_arrays(told, like))
+    assert Evidence.of_arrays(edited(told, change), like) is None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,3 +177,62 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
     (tmp_path / "code.pth").write_bytes(pickle.dumps(Code()))
     with pytest.raises(ValueError, match=r"code\.pth"):
         from_official(tmp_path / "code.pth", ModelSpec("wrn10_1", 10, (0.5,), (0.5,)).make())
+
+
+def test_what_people_save_beside_tensors_and_instead_of_them_is_read(tmp_path):
+    """Numbers of NumPy beside the network; parameters and half precision in it."""
+    path = tmp_path / "a.pth"
+    model, entries = checkpoint(path, "wrn10_1")
+    name = "module.conv1.weight"
+    kept = {**entries, name: torch.nn.Parameter(entries[name].bfloat16()), "module.bn1.num_batches_tracked": 3}
+    kept["module.fc.weight"] = entries["module.fc.weight"].half()
+    torch.save({"state_dict": kept, "best": np.float64(0.5), "epoch": np.int64(3), "args": {"lr": 0.1}}, path)
+    variables = from_official(path, model)
+    first = np.asarray(variables["params"]["conv1"]["kernel"])
+    assert first.dtype == np.float32
+    np.testing.assert_array_equal(first.transpose(3, 2, 0, 1), entries[name].bfloat16().float().numpy())
+    assert variables["params"]["fc"]["kernel"].dtype == np.float16
+    torch.save(kept, path, _use_new_zipfile_serialization=False)  # as before PyTorch 1.6
+    np.testing.assert_array_equal(from_official(path, model)["params"]["conv1"]["kernel"], first)
+
+
+ENTRIES = {
+    "text": ("weights", "conv1.weight as a tensor; it is of str"),
+    "an array": (np.zeros(3), "plain values"),
+    "whole numbers": (torch.zeros(16, 3, 3, 3, dtype=torch.int32), "as floats; it is torch.int32"),
+    "a sparse tensor": (torch.zeros(16, 3, 3, 3).to_sparse(), "as floats; it is torch.float32, torch.sparse_coo"),
+    "no numbers": (torch.zeros(16, 3, 3, 3, device="meta"), "as floats|plain values"),
+    "what is not finite": (torch.full((16, 3, 3, 3), float("nan")), "conv1.weight is not finite"),
+    "a huge view of one number": (torch.zeros(1).expand(2**40), "does not fit"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage", "ignore:Sparse invariant")
+@pytest.mark.parametrize(("value", "words"), ENTRIES.values(), ids=ENTRIES)
+def test_what_is_no_weight_is_refused_in_a_sentence(tmp_path, value, words):
+    model, _ = checkpoint(tmp_path / "a.pth", "wrn10_1", extra={"module.conv1.weight": value}.items())
+    with pytest.raises(ValueError, match=rf"a\.pth: .*({words})") as error:
+        from_official(tmp_path / "a.pth", model)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
+    path = tmp_path / "a.pth"
+    model, entries = checkpoint(path, "wrn10_1")
+    whole = path.read_bytes()
+    for place in range(whole.index(entries["module.fc.weight"].numpy().tobytes()), len(whole), 4099)[:20]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"a\.pth: expected a PyTorch checkpoint"):
+            from_official(path, model)
+
+
+def test_what_would_unpack_to_far_more_than_it_is_is_refused(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        file.writestr("a/data.pkl", bytes(2**20))
+        with file.open("a/data/0", "w") as member:
+            for _ in range(80):
+                member.write(bytes(2**20))
+    with pytest.raises(ValueError, match=r"a\.pth: .*declare 2 entries of 84,934,656 bytes"):
+        from_official(tmp_path / "a.pth", ModelSpec("wrn10_1", 10, (0.5,), (0.5,)).make())
