@@ -318,6 +318,7 @@ def test_another_configuration_on_the_workdir_is_refused(finished, capsys, monke
             "eps must be at most 8",
         ),
         (["--config=configs/digits.py", "--config.optimizer.boundaries=(-1,)"], "boundaries must be at least 0"),
+        (["--config=configs/digits.py", "--config.stages=search,evaluate"], "dense not drawn yet"),
         (["--config=configs/digits.py", "--config.dataset=digts"], "Did you mean 'digits'?"),
         (["--config="], "expected --config=FILE"),
         (["--config=configs/digits.py", "--config.compute_dtype=float64"], "JAX_ENABLE_X64"),

@@ -56,6 +56,6 @@ def start(config: Config, workdir: Path) -> None:
       ValueError: it cannot be run; nothing was written. Preempted, Failed, Lost: it ended before its end.
     """
     run = Run(config, workdir, make_say(is_main()))
-    run.check_init()
+    run.check()
     with run.claim.held(), at_work():
         draw(run)

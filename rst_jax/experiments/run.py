@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,14 @@ class Run:
             about={"provenance": vars(provenance())},
         )
 
-    def check_init(self) -> None:
-        """Refuse ratios that keep nothing of a layer, before any work."""
+    def check(self) -> None:
+        """Refuse, before any work, ratios that keep nothing of a layer, and stages that will miss a ticket.
+
+        Raises:
+          ValueError: says what to do.
+        """
+        if {"evaluate", "transfer", "r2s", "cards"} & set(self.config.stages):
+            self._see_drawn(self.config.stages)
         for ratio in self.config.remaining_ratios:
             subnet.kept_counts(self.variables["scores"], ratio)
 
@@ -143,13 +150,17 @@ class Run:
         Raises:
           ValueError: one is missing; the stage that makes it is named.
         """
-        missing = {name: stage for name, stage in self.names.items() if name not in self.store}
+        self._see_drawn()
+        return [self.store.load(name) for name in self.names]
+
+    def _see_drawn(self, coming: Collection[str] = ()) -> None:
+        """See that the tickets of `names` are there, or that a stage to come makes them."""
+        missing = {name: stage for name, stage in self.names.items() if stage not in coming and name not in self.store}
         if missing:
             stages = ",".join(f"'{stage}'" for stage in dict.fromkeys(missing.values()))
             raise ValueError(
                 f"{self.workdir}: {', '.join(missing)} not drawn yet; run with --config.stages=({stages},) first."
             )
-        return [self.store.load(name) for name in self.names]
 
     def keep(self, name: str, record: Any) -> None:
         """Write a record to results/, unless the same lies there: other than in when and where it was made."""

@@ -203,7 +203,7 @@ def check(sweep: Sweep, taken: list[Point]) -> None:
         seen.add(parts)
         try:
             run = Run(point.config, folder, make_say(False))
-            run.check_init()
+            run.check()
             if begun or not run.claim.begin:
                 with contextlib.ExitStack() as held:
                     _taken(run.claim, held)
