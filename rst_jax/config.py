@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from rst_jax import ranges
-from rst_jax.ranges import Count, Length, Positive, Rate, Seed, ShareAboveZero, ShareBelowOne
+from rst_jax.ranges import Count, Length, Pixels, Positive, Rate, Seed, ShareAboveZero, ShareBelowOne, Steps
 from rst_jax.threat import ThreatModel
 
 Pattern = Literal["element", "row", "kernel", "filter"]
@@ -42,7 +42,7 @@ class PGDSettings:
       loss: what is increased: cross-entropy ("ce") or minus the margin ("margin").
     """
 
-    steps: Count = 7
+    steps: Steps = 7
     step_size: Length = 2 / 255
     random_start: bool = True
     restarts: Positive = 1
@@ -56,11 +56,11 @@ class PGDSettings:
 class Attack:
     """The inner maximisation of training: PGD, how the network behaves under it, and how it begins."""
 
-    steps: Count = 7
+    steps: Steps = 7
     step_size: Length = 2 / 255
     random_start: bool = True
     batch_norm: Literal["train", "eval"] = "train"
-    early_steps: Count = 7
+    early_steps: Steps = 7
     early_epochs: Count = 0
 
     def pgd(self, epoch: int) -> PGDSettings:
@@ -99,7 +99,7 @@ class Dense:
 class Evaluate:
     """The evaluation attack (PGD), how often the held-out images are attacked, and the card at the end."""
 
-    steps: Count = 20
+    steps: Steps = 20
     step_size: Length = 2 / 255
     batch_size: Positive = 250
     examples: Count = 0
@@ -129,7 +129,7 @@ class Config:
     holdout: Count = 5200
     train_examples: Count = 0
     select_on: Literal["holdout", "test"] = "holdout"
-    crop_padding: Count = 4
+    crop_padding: Pixels = 4
     flip: bool = True
     threat: ThreatModel = ThreatModel(8 / 255)
     attack: Attack = Attack()

@@ -26,6 +26,8 @@ class Range:
 
 
 Count = Annotated[int, Range(0, 2**31 - 1)]
+Steps = Annotated[int, Range(0, 10**5)]  # of an attack: some loops are written out
+Pixels = Annotated[int, Range(0, 2**12)]
 Positive = Annotated[int, Range(1, 2**31 - 1)]
 Seed = Annotated[int, Range(0, 2**32, without=(2**32,))]
 Length = Annotated[float, Range(0, 1e4)]  # in image units: a radius or a step
