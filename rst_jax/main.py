@@ -2,8 +2,8 @@
 
 It draws tickets and measures them, or does parts of that (`--config.stages`). Started again on the same workdir it
 goes on where it stopped. Exit codes: 0 done; 1 the work failed; 2 the command, the configuration or the data
-are not right, and nothing was touched; 75 stopped before the end, by SIGTERM, because its minutes were over or because
-another process was lost, and the same command goes on.
+are not right, and nothing was touched; 75 stopped before the end, by SIGTERM (from the first line on), because its
+minutes were over or because another process was lost, and the same command goes on. Ctrl-C ends it with 1.
 """
 
 import os
