@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; ends the process with its exit code."""
     preemption.catch(_end)
     work.quiet()
-    sys.exit(run_command(sys.argv if argv is None else argv))
+    code = run_command(sys.argv if argv is None else argv)
+    work.ends_with(code)
+    sys.exit(code)
 
 
 def _end(error: BaseException) -> None:
@@ -87,10 +89,11 @@ def _draw(arguments: Sequence[str]) -> None:
     work.find_devices()
     preemption.listen(asked.minutes)
     work.keep_programs(config.compilation_cache)
-    if points:
-        sweep.work(sweep.Sweep(file.name, asked.workdir, points, file.figure), taken)
-    else:
-        draw.start(config, asked.workdir)
+    with work.at_work(()):  # another process may be lost anywhere
+        if points:
+            sweep.work(sweep.Sweep(file.name, asked.workdir, points, file.figure), taken)
+        else:
+            draw.start(config, asked.workdir)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
