@@ -2,8 +2,8 @@
 
 It draws tickets and measures them, or does parts of that (`--config.stages`). Started again on the same workdir it
 goes on where it stopped. Exit codes: 0 done; 1 the work failed; 2 the command, the configuration or the data
-are not right, and nothing was touched; 75 stopped before the end, by SIGTERM, because its minutes were over or because
-another process was lost, and the same command goes on.
+are not right, and nothing was touched; 75 stopped before the end, by SIGTERM (from the first line on), because its
+minutes were over or because another process was lost, and the same command goes on. Ctrl-C ends it with 1.
 """
 
 import os
@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; ends the process with its exit code."""
     preemption.catch(_end)
     work.quiet()
-    sys.exit(run_command(sys.argv if argv is None else argv))
+    code = run_command(sys.argv if argv is None else argv)
+    work.ends_with(code)
+    sys.exit(code)
 
 
 def _end(error: BaseException) -> None:
@@ -88,10 +90,11 @@ def _draw(arguments: Sequence[str]) -> None:
     work.find_devices()
     preemption.listen(asked.minutes)
     work.keep_programs(config.compilation_cache)
-    if points:
-        sweep.work(sweep.Sweep(file.name, asked.workdir, points, file.figure), taken)
-    else:
-        draw.start(config, asked.workdir)
+    with work.at_work(()):  # another process may be lost anywhere
+        if points:
+            sweep.work(sweep.Sweep(file.name, asked.workdir, points, file.figure), taken)
+        else:
+            draw.start(config, asked.workdir)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:

@@ -142,17 +142,29 @@ def test_when_the_minutes_are_over_all_processes_stop_at_one_place(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_others_with_a_code_to_start_again(tmp_path):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_with_the_code_to_start_again(tmp_path, killed):
     long = [*TWENTY, "--config.epochs=50", "--config.evaluate.every_epochs=50"]
     processes = start_all(tmp_path / "run", 2, options=long)
     wait_for(tmp_path / "run", bool, *processes)
-    processes[1].kill()
-    code = processes[0].wait(timeout=200)
-    out = processes[0].communicate()[0]
-    processes[1].communicate()
-    assert code == 75 or code < 0, out
-    if code == 75:
-        assert "another process was lost" in out
+    processes[killed].kill()
+    codes, outs = ended(*processes)
+    assert codes[killed] == -signal.SIGKILL
+    assert codes[1 - killed] == 75, outs
+    assert "another process was lost" in outs[1 - killed]
+
+
+@pytest.mark.slow
+def test_processes_whose_workdirs_are_not_one_folder_are_refused_with_code_2(tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    join = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    codes, outs = ended(*(start(tmp_path / "x" / str(i), 1, *join, f"--process_id={i}") for i in range(2)))
+    assert codes == [2, 2], outs
+    for out in outs:
+        assert "of process 1 is not the folder that process 0 has begun; expected one folder on storage" in out
+        assert "Traceback" not in out
 
 
 @pytest.mark.slow

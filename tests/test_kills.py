@@ -1,5 +1,6 @@
 """Killed at operations on files, and started again until it comes through."""
 
+import dataclasses
 import json
 import os
 import random
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rst_jax.runtime.files import read_lines
+from rst_jax.reports.card import load_card
+from rst_jax.runtime.files import read_arrays, read_lines
 from rst_jax.tickets.file import load_ticket
 from rst_jax.training.metrics import _events
 from tests.test_main import final_state
@@ -74,23 +76,35 @@ def points(workdir, run):
     )
 
 
+@pytest.fixture(scope="module")
+def drawn(command):
+    """A run that nobody disturbed, and how many operations it took."""
+    folder, run = command
+    code, operations = run(0, *DRAW, f"--workdir={folder / 'whole'}")
+    assert code == 0
+    return folder / "whole", len(operations)
+
+
+def until_done(run, seed, most, *arguments):
+    """Kill the command before one of its next operations, again and again; the operations."""
+    pick, kills = random.Random(seed), []
+    while len(kills) < 40:
+        code, operations = run(pick.randint(most // 16, most), *arguments)
+        if code == 0:
+            assert kills
+            return kills
+        assert code == -9, operations[-1:]
+        kills.append(operations[-1])
+    raise AssertionError(kills)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_before_any_operation_on_a_file_it_loses_nothing_and_leaves_nothing(command, seed):
-    folder, run = command
-    whole, killed = folder / "whole", folder / f"killed-{seed}"
-    code, operations = run(0, *DRAW, f"--workdir={whole}")
-    assert code == 0
-    pick, kills = random.Random(seed), []
-    while True:
-        code, done = run(pick.randint(15, len(operations) * 2 // 3), *DRAW, f"--workdir={killed}")
-        if code == 0:
-            break
-        assert code == -9, done[-1:]
-        kills.append(done[-1])
-        assert len(kills) < 40
-    assert kills
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_before_any_operation_on_a_file_a_run_loses_nothing_and_leaves_nothing(command, drawn, seed):
+    (folder, run), (whole, most) = command, drawn
+    killed = folder / f"killed-{seed}"
+    kills = until_done(run, seed, most * 2 // 3, *DRAW, f"--workdir={killed}")
     assert names(whole) == names(killed), kills
     rows = read_lines(whole / "metrics.jsonl")
     assert read_lines(killed / "metrics.jsonl") == rows
@@ -108,3 +122,23 @@ def test_killed_before_any_operation_on_a_file_it_loses_nothing_and_leaves_nothi
         np.testing.assert_array_equal(same[name], array, err_msg=name)
     tickets = [load_ticket(workdir / "tickets" / "ratio-0.3.ticket") for workdir in (whole, killed)]
     assert tickets[0].digest == tickets[1].digest
+
+
+@pytest.mark.slow
+def test_killed_before_any_operation_on_a_file_a_card_loses_nothing_and_leaves_nothing(command, drawn):
+    (folder, run), (workdir, _) = command, drawn
+    ticket = str(workdir / "tickets" / "ratio-0.3.ticket")
+    asked = ["evaluate", ticket, "--dataset=digits", "--eps=0.1", "--examples=8", "--attacks=fgsm,pgd-20,mim"]
+    asked += ["--batch_size=4", "--keep_images"]
+    whole, killed = folder / "card", folder / "killed-card"
+    code, operations = run(0, *asked, f"--out={whole}")
+    assert code == 0
+    kills = until_done(run, 0, len(operations) // 2, *asked, f"--out={killed}")
+    assert names(whole) == names(killed), kills
+    records = [dataclasses.replace(load_card(card), provenance=None) for card in (whole, killed)]
+    assert records[0] == records[1]
+    for name in ("examples.npz", "gallery.npz", "adversarials.npz"):
+        a, b = (read_arrays(card / name) for card in (whole, killed))
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)

@@ -1,8 +1,10 @@
 """`plan`: what a configuration will cost on TPUs or GPUs."""
 
+import os
 from collections.abc import Sequence
 
 from rst_jax.cli.options import Parser, config_file
+from rst_jax.runtime import work
 from rst_jax.runtime.files import write_json
 from rst_jax.runtime.paths import local_path
 from rst_jax.runtime.text import show
@@ -27,6 +29,8 @@ def run(arguments: Sequence[str]) -> None:
     if o.topology is None:
         raise ValueError("expected --topology=CHIP:COUNT, for instance --topology=v5e:4x4 or --topology=h200:8.")
     config = config_file(o).config()
+    if "JAX_PLATFORMS" in os.environ:
+        work.find_devices()
     from rst_jax.planning import plan  # heavy
 
     made = plan.make_plan(config, o.topology)

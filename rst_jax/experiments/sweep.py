@@ -142,13 +142,11 @@ def work(sweep: Sweep, taken: list[Point]) -> None:
       Preempted: the process was asked to stop.
       Failed: points failed; they are named.
     """
-    with at_work(()):  # of the errors outside a point, a lost process alone
-        say = make_say(is_main())
-        check(sweep, taken)
-        with _held(sweep):
-            pass
-        with guarded(sweep.workdir, lambda: _see(sweep)):
-            _work(sweep, taken, say)
+    check(sweep, taken)
+    with _held(sweep):
+        pass
+    with guarded(sweep.workdir, lambda: _see(sweep)):
+        _work(sweep, taken, make_say(is_main()))
 
 
 def _see(sweep: Sweep) -> None:

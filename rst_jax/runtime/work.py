@@ -18,6 +18,7 @@ _LOST_AFTER = 60  # seconds without a sign of life from a process, after which t
 _LOST = "another process was lost{}; start all of them again."
 _LONG = 300  # letters
 _kept: list[Any] = []  # what C calls
+_code: int | None = None  # the exit code, when it is known
 
 
 def quiet() -> None:
@@ -93,7 +94,8 @@ def connect(coordinator: str | None, num_processes: int | None, process_id: int 
 
     try:
         with ThreadPoolExecutor(1) as waiting:  # in another thread, since a signal is heard only in Python
-            waiting.submit(jax.distributed.initialize, **where, heartbeat_timeout_seconds=_LOST_AFTER).result()
+            limits: dict[str, Any] = {f"{what}_timeout_seconds": _LOST_AFTER for what in ("heartbeat", "shutdown")}
+            waiting.submit(jax.distributed.initialize, **where, **limits).result()
     except RuntimeError as error:
         raise Lost(f"the processes could not join at {coordinator}: {cause(error)}") from error
     except Exception as error:  # each kind of cluster misses its own things
@@ -126,8 +128,9 @@ def _end_as_lost() -> None:
     import ctypes
 
     def lost(_: int) -> None:
-        os.write(2, f"rst_jax: {_LOST.format('')}\n".encode())
-        os._exit(EXIT_CODE)
+        if _code is None:
+            os.write(2, f"rst_jax: {_LOST.format('')}\n".encode())
+        os._exit(EXIT_CODE if _code is None else _code)
 
     _kept.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(lost))
     libc = ctypes.CDLL(None)
@@ -135,17 +138,26 @@ def _end_as_lost() -> None:
     libc.signal(signal.SIGABRT, ctypes.cast(_kept[-1], ctypes.c_void_p))
 
 
+def ends_with(code: int) -> None:
+    """The exit code is known; what other processes do changes it no more."""
+    global _code
+    _code = code
+
+
 def find_devices() -> None:
     """See that there is something to compute on.
 
     Raises:
       ValueError: there is not, or not what JAX_PLATFORMS names.
+      Lost: another process was lost meanwhile.
     """
     import jax
 
     try:
         jax.devices()
     except Exception as error:  # each platform raises its own
+        if re.search("DEADLINE_EXCEEDED|UNAVAILABLE", str(error)) and jax.distributed.is_initialized():
+            raise Lost(_LOST.format(f" ({cause(error)})")) from error
         asked = os.environ.get("JAX_PLATFORMS")
         hint = f"JAX_PLATFORMS={asked} cannot be had here" if asked else "no device can be used"
         told = cause(error).rstrip(".") if str(error) else "JAX finds no such device"

@@ -5,6 +5,7 @@ renames, so a kill leaves the checkpoint before.
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jaxtyping import PyTree
 
 from rst_jax.records import digest
 from rst_jax.runtime.files import make_folder
-from rst_jax.runtime.mesh import fetch
+from rst_jax.runtime.mesh import fetch, is_main
 from rst_jax.runtime.progress import Say
 from rst_jax.runtime.work import cause
 from rst_jax.training.state import TicketState
@@ -24,10 +25,11 @@ _DIGEST = "digest"  # of the state, beside the progress
 # Kept: one behind the latest; of the best those that these speak of, and one more, as a kill may come after a new one
 # is saved and before the latest that speaks of it.
 _LATEST, _BEST = 2, 3
+_REMOVED = ".removed-old"  # where Orbax puts a checkpoint at once, so that none is ever there in part
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, todelete_subdir=_REMOVED)
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
@@ -57,12 +59,14 @@ class RunCheckpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(told))
         with _writing(self.directory / "latest"):
             self._latest.save(step, args=args)
+        self._clear()
 
     def save_best(self, state: TicketState) -> str:
         """Save the state as the best so far; its digest, which the progress keeps."""
         step = int(state.step)
         with _writing(self.directory / "best"):
             self._best.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+        self._clear()
         return digest(fetch(state))
 
     def restore_latest(self, like: TicketState) -> tuple[TicketState, dict[str, Any]] | None:
@@ -119,8 +123,14 @@ class RunCheckpoints:
             _compare(state, saved)
         return state
 
+    def _clear(self) -> None:
+        if is_main():
+            for kind in ("latest", "best"):
+                shutil.rmtree(self.directory / kind / _REMOVED, ignore_errors=True)
+
     def close(self) -> None:
         """Wait for Orbax and release its threads."""
+        self._clear()
         self._latest.close()
         self._best.close()
 

@@ -1,8 +1,8 @@
 import json
+import shutil
 
 from rst_jax.runtime.files import read_lines
-from rst_jax.runtime.progress import Progress, make_say
-from rst_jax.training.metrics import MetricsWriter, means
+from rst_jax.training.metrics import MetricsWriter, _events, means
 
 
 def test_means_of_sums():
@@ -44,11 +44,45 @@ def test_a_process_that_may_not_write_does_not(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_quiet_when_not_a_terminal(capsys):
-    with Progress(10, 0, "search", "steps") as bar:
-        bar.update(5)
-    make_say(active=False)("nothing")
-    captured = capsys.readouterr()
-    assert captured.out == captured.err == ""
-    make_say()("something")
-    assert capsys.readouterr().out.endswith("s] something\n")
+def points(folder):
+    """Of all files of events: (name, step, value, time)."""
+    events = [event for path in sorted(folder.iterdir()) for event in _events(path)]
+    return [(v.tag, e.step, v.simple_value, e.wall_time) for e in events for v in e.summary.value]
+
+
+def test_events_are_those_of_the_rows_each_once_whenever_a_kill_came(tmp_path):
+    """Kills before the events were flushed, within one, and between the new file and the removal of the old one."""
+    folder, writer = tmp_path / "tensorboard" / "a", MetricsWriter(tmp_path)
+    writer.begin("a", 0)
+    for step in (10, 20, 30):
+        writer.write("a", step, {"loss": float(step), "accuracy": 0.5})
+    writer.flush()
+    (old,) = folder.iterdir()
+    writer.write("a", 40, {"loss": 40.0})
+    old.write_bytes(old.read_bytes()[:-7])  # the event of accuracy at step 30 is cut off
+    shutil.copy(old, folder / "events.out.tfevents.0.another")  # both of an earlier kill are there
+    times = {(name, step): when for name, step, _, when in points(folder)}
+    again = MetricsWriter(tmp_path)
+    again.begin("a", 30)
+    again.write("a", 40, {"loss": 41.0})
+    again.close()
+    found = points(folder)
+    expected = [(n, s, v) for s in (10, 20, 30) for n, v in (("loss", s), ("accuracy", 0.5))] + [("loss", 40, 41)]
+    assert [point[:3] for point in found] == expected
+    assert all(when == times[name, step] for name, step, _, when in found[:5])
+    assert len(list(folder.iterdir())) == 1
+    writer.close()
+
+
+def test_a_damaged_file_of_events_is_made_again(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.begin("a", 0)
+    writer.write("a", 1, {"loss": 1.0})
+    writer.close()
+    (file,) = (tmp_path / "tensorboard" / "a").iterdir()
+    for content in (b"", b"\xff" * 100, file.read_bytes()[:30] + b"\x07" * 40):
+        file.write_bytes(content)
+        writer.begin("a", 1)
+        writer.close()
+        (file,) = file.parent.iterdir()
+        assert [point[:3] for point in points(file.parent)] == [("loss", 1, 1.0)]
