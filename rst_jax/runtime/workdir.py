@@ -86,11 +86,12 @@ class Claim:
         self.refuse_foreign()
         if not self.begin and not path.exists():
             raise ValueError(f"{self.called} holds no {self.holds} yet; {self.start}.")
-        self._lock(held, word)
+        lock, sole = self._lock(held)
         now, missing = json.loads(json.dumps([self.question, self.missing]))
         before = self._read(path)
         if before is not None:
             self._compare({**missing, **dotted(before)}, dotted(now))
+        self._begin(held, lock, sole, word)
         if self.begin and (before is None or any(before.get(name) != value for name, value in now.items())):
             write_json(path, {**now, **self.about})
 
@@ -106,21 +107,29 @@ class Claim:
         if self.folder.exists() and not record.exists() and any(p.name[0] != "." for p in self.folder.iterdir()):
             raise ValueError(f"{self.called} holds other files and no {self.holds}; take an empty or a new folder.")
 
-    def _lock(self, held: contextlib.ExitStack, word: str) -> None:
+    def _lock(self, held: contextlib.ExitStack) -> tuple[IO[str], bool]:
+        """The lock, as it was before, and whether it locks out others."""
         try:
             make_folder(self.folder)
             lock = held.enter_context(_open(self.folder / ".lock", os.O_RDWR | os.O_CREAT))
-            if _lock(lock, fcntl.LOCK_EX):
+            return lock, _lock(lock, fcntl.LOCK_EX)
+        except BlockingIOError:
+            raise InUse(
+                f"{self.called} is in use by another process; wait for it or take another {self.instead}."
+            ) from None
+        except OSError as error:
+            raise ValueError(f"{self.called} cannot be written: {error.strerror}.") from error
+
+    def _begin(self, held: contextlib.ExitStack, lock: IO[str], sole: bool, word: str) -> None:
+        """Put the word into the lock, and clear away what killed processes left."""
+        try:
+            if sole:
                 clear_temporary(self.folder)
             else:
                 tell(f"the file system of {self.called} has no locks: see that no other process uses it.")
             lock.truncate()
             lock.write(word)
             lock.flush()
-        except BlockingIOError:
-            raise InUse(
-                f"{self.called} is in use by another process; wait for it or take another {self.instead}."
-            ) from None
         except OSError as error:
             raise ValueError(f"{self.called} cannot be written: {error.strerror}.") from error
         held.callback(self._clear, word, self.folder.stat())

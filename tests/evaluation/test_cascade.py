@@ -279,10 +279,10 @@ def test_the_bar_tells_what_is_done_and_what_is_broken(monkeypatch):
         def __init__(self):
             self.told = []
 
-        def update(self, n):
+        def update(self, n, about):
             self.n += n
 
-        def set_postfix_str(self, text):
+        def show(self, text):
             assert self.n <= self.total
             self.told.append((self.n, self.total, text))
 
@@ -290,7 +290,7 @@ def test_the_bar_tells_what_is_done_and_what_is_broken(monkeypatch):
             self.told.append((self.n, self.total, "closed"))
 
     bar = Bar()
-    monkeypatch.setattr("rst_jax.evaluation.cascade.progress", lambda *_: bar)
+    monkeypatch.setattr("rst_jax.evaluation.cascade.Progress", lambda *_: bar)
     found = evidence(8)
     assert bar.told[0] == (0, 24 * (3 * 9 + 2 * 4 + 61), "APGD-T, 0 broken, 24 stand")  # three targets of 4 classes
     *_, last, closed = bar.told
