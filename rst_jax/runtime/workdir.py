@@ -129,6 +129,7 @@ class Claim:
         else:
             tell(f"the file system of {self.called} has no locks: see that no other process uses it.")
         os.pwrite(lock.fileno(), word.encode(), 0)  # over one as long, which a full disk takes too
+        os.ftruncate(lock.fileno(), len(word))
         held.callback(self._clear, word, self.folder.stat())
         held.enter_context(guarded(self.folder, lambda: self._check(word)))
 
