@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from rst_jax.evaluation.images import ImageFile
 from rst_jax.main import run_command
 
 ROOT = Path(__file__).parent.parent
@@ -134,3 +136,18 @@ def test_a_full_disk_and_a_broken_checkpoint_are_a_sentence_alone(tmp_path):
     assert said.startswith("rst_jax: ")
     assert "this checkpoint cannot be used" in said
     assert said.count("\n") == 1
+
+
+def test_a_disk_that_fills_up_is_an_error_and_no_signal(tmp_path):
+    """A file of adversarial images has holes, which are filled later."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60k", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("no small disk can be made here")
+    try:
+        file = ImageFile(tmp_path / "adversarial.npy")
+        file.make((1000, 8, 8, 1))
+        file.put(np.asarray([3, 999]), np.full((2, 8, 8, 1), [[[[2.0]]], [[[3.0]]]], np.float32))
+        np.testing.assert_array_equal(file.get(np.asarray([999, 3, 4])).mean((1, 2, 3)), [3.0, 2.0, 0.0])
+        with pytest.raises(OSError, match="No space left"):
+            file.put(np.arange(500), np.ones((500, 8, 8, 1), np.float32))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -54,6 +54,7 @@ def test_a_draw_leaves_everything_it_promises(finished):
     rows = [line for line in out.splitlines() if line.startswith(("ticket, ratio", "dense, adv"))]
     assert len(rows) == 3
     assert "it/s" not in err
+    assert sum("% under attack; " in line for line in out.splitlines()) == 3 + 3 + 1  # a line an epoch
     assert "Traceback" not in err
     for name in names:
         ticket = load_ticket(workdir / "tickets" / f"{name}.ticket")

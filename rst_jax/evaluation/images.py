@@ -30,9 +30,13 @@ class ImageFile:
 
     def put(self, index: np.ndarray, images: np.ndarray) -> None:
         """Those of the examples `index`, float32 [k, H, W, C]."""
-        file = np.lib.format.open_memmap(self.path, "r+")
-        file[index] = images
-        file.flush()
+        with self.path.open("r+b") as file:  # no memory map: a full disk would end the process
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            first = file.tell()
+            for place, image in zip(index.tolist(), np.ascontiguousarray(images, np.float32), strict=True):
+                file.seek(first + place * image.nbytes)
+                file.write(image.data)
 
     def get(self, index: np.ndarray) -> np.ndarray:
         """As they were put: [k, H, W, C]."""

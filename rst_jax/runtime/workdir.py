@@ -86,14 +86,18 @@ class Claim:
         self.refuse_foreign()
         if not self.begin and not path.exists():
             raise ValueError(f"{self.called} holds no {self.holds} yet; {self.start}.")
-        lock, sole = self._lock(held)
+        with self._written():
+            make_folder(self.folder)
+            lock = held.enter_context(_open(self.folder / ".lock", os.O_RDWR | os.O_CREAT))
+            alone = _lock(lock, fcntl.LOCK_EX)
         now, missing = json.loads(json.dumps([self.question, self.missing]))
         before = self._read(path)
         if before is not None:
             self._compare({**missing, **dotted(before)}, dotted(now))
-        self._begin(held, lock, sole, word)
-        if self.begin and (before is None or any(before.get(name) != value for name, value in now.items())):
-            write_json(path, {**now, **self.about})
+        with self._written():
+            self._mark(held, lock, word, alone)
+            if self.begin and (before is None or any(before.get(name) != value for name, value in now.items())):
+                write_json(path, {**now, **self.about})
 
     def refuse_foreign(self) -> None:
         """See that the folder is new, empty or one of ours.
@@ -107,12 +111,10 @@ class Claim:
         if self.folder.exists() and not record.exists() and any(p.name[0] != "." for p in self.folder.iterdir()):
             raise ValueError(f"{self.called} holds other files and no {self.holds}; take an empty or a new folder.")
 
-    def _lock(self, held: contextlib.ExitStack) -> tuple[IO[str], bool]:
-        """The lock, as it was before, and whether it locks out others."""
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
         try:
-            make_folder(self.folder)
-            lock = held.enter_context(_open(self.folder / ".lock", os.O_RDWR | os.O_CREAT))
-            return lock, _lock(lock, fcntl.LOCK_EX)
+            yield
         except BlockingIOError:
             raise InUse(
                 f"{self.called} is in use by another process; wait for it or take another {self.instead}."
@@ -120,18 +122,14 @@ class Claim:
         except OSError as error:
             raise ValueError(f"{self.called} cannot be written: {error.strerror}.") from error
 
-    def _begin(self, held: contextlib.ExitStack, lock: IO[str], sole: bool, word: str) -> None:
-        """Put the word into the lock, and clear away what killed processes left."""
-        try:
-            if sole:
-                clear_temporary(self.folder)
-            else:
-                tell(f"the file system of {self.called} has no locks: see that no other process uses it.")
-            lock.truncate()
-            lock.write(word)
-            lock.flush()
-        except OSError as error:
-            raise ValueError(f"{self.called} cannot be written: {error.strerror}.") from error
+    def _mark(self, held: contextlib.ExitStack, lock: IO[str], word: str, alone: bool) -> None:
+        """Put the word into the folder, and watch over it."""
+        if alone:
+            clear_temporary(self.folder)
+        else:
+            tell(f"the file system of {self.called} has no locks: see that no other process uses it.")
+        os.pwrite(lock.fileno(), word.encode(), 0)  # over one as long, which a full disk takes too
+        os.ftruncate(lock.fileno(), len(word))
         held.callback(self._clear, word, self.folder.stat())
         held.enter_context(guarded(self.folder, lambda: self._check(word)))
 

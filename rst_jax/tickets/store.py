@@ -99,6 +99,7 @@ def save_tickets(directory: Path, params: PyTree, tickets: Sequence[Ticket]) -> 
       params: the weights without masks.
       tickets: of one network, with masks, under different names.
     """
+    make_folder(directory.parent)
     content = {
         "params": params,
         "tickets": {t.name: {"masks": subnet.pack(t.masks), "batch_stats": t.batch_stats} for t in tickets},
@@ -119,7 +120,6 @@ def save_tickets(directory: Path, params: PyTree, tickets: Sequence[Ticket]) -> 
         "image_shape": list(tickets[0].image_shape),
         "tickets": told,
     }
-    make_folder(directory.parent)
     new, old = (directory.with_name(f".{directory.name}-{age}") for age in ("new", "old"))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(

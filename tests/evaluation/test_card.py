@@ -3,6 +3,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from rst_jax.evaluation.card import finished
 from rst_jax.evaluation.suites import ATTACKS, make_suite
 from rst_jax.records import CardRecord, read_json
 from rst_jax.reports.card import write_card_page
+from rst_jax.runtime import progress
 from rst_jax.runtime.files import read_arrays
 from rst_jax.threat import ThreatModel
 from tests.drawing import IMAGES as TICKET_IMAGES
@@ -125,6 +127,15 @@ def test_a_second_call_takes_what_is_there(made, monkeypatch):
     monkeypatch.setattr("rst_jax.evaluation.batch.Attacker.attack", None)
     again = evaluate(attacks=("autoattack", "pgd-100x10"), folder=folder, keep_images=True)
     assert plain(again.record) == plain(card.record)
+
+
+def test_where_there_is_no_terminal_a_long_attack_tells_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    evaluate()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rst_jax: PGD-20")]
+    assert lines
+    told = r"rst_jax: PGD-20 eps/4: .*\d+ broken, \d+ stand; [\d,]+ of [\d,]+ passes(, [\d.,]+ passes/s(, .+ left)?)?"
+    assert all(re.fullmatch(told, line) for line in lines), lines
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,13 @@ import shutil
 
 import pytest
 
+from rst_jax.evaluation.images import ImageFile
 from rst_jax.runtime import files
 from rst_jax.runtime.work import Failed
 from rst_jax.runtime.workdir import Claim, InUse, in_use
+from rst_jax.tickets.store import save_tickets
+from rst_jax.training.checkpoint import RunCheckpoints
+from rst_jax.training.metrics import MetricsWriter
 
 
 def claim(folder):
@@ -133,3 +137,21 @@ def test_a_file_that_cannot_be_written_leaves_nothing_and_is_named(tmp_path, mon
     with pytest.raises(OSError, match=r"x\.json"):
         files.write_json(tmp_path / "x.json", {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: MetricsWriter(folder).write("a", 1, {"loss": 1.0}),
+        lambda folder: MetricsWriter(folder).begin("a", 0),
+        lambda folder: RunCheckpoints(folder / "checkpoints" / "a"),
+        lambda folder: save_tickets(folder / "checkpoints" / "tickets", {}, []),
+        lambda folder: ImageFile(folder / "rows" / "a" / "adversarial.npy").make((1, 2, 2, 1)),
+        lambda folder: files.write_arrays_in_pieces(folder / "adversarials.npz", {}),
+    ],
+)
+def test_nobody_who_writes_makes_a_removed_folder_again(write, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(Failed, match="removed"):
+        work(folder, lambda: shutil.rmtree(folder), lambda: write(folder))
+    assert not folder.exists()
