@@ -56,7 +56,7 @@ def _parser() -> Parser:
 
 def _replay(o: argparse.Namespace) -> None:
     """Another ticket on the adversarial images of a card."""
-    from rst_jax.evaluation.card import replay
+    from rst_jax.evaluation.replay import replay
 
     others = [name for name in vars(o) if name not in ("ticket", "name", "replay", "typed")]
     refuse_unused(o, others, "--replay classifies the images of a card as they are")
@@ -106,7 +106,7 @@ def _evaluate(o: argparse.Namespace) -> None:
         images,
         images.labels,
         ThreatModel(o.eps, o.norm),
-        o.attacks.split(","),
+        o.attacks,
         jax.random.key(o.seed),
         batch_size=o.batch_size,
         faithful=o.faithful,
