@@ -180,13 +180,16 @@ def _keeps_arrays(logits_fn: LogitsFn, some: np.ndarray) -> bool:
     def leaves() -> bool:
         before = jax.live_arrays()  # held, so that none of these makes room for another
         known = {id(array) for array in before}
+
+        def new() -> bool:
+            return any(id(array) not in known for array in jax.live_arrays())
+
         try:
             logits_fn(jnp.asarray(images))
         except jax.errors.UnexpectedTracerError:
             raise
         except Exception:  # it takes NumPy's alone
             return False
-        gc.collect()
-        return any(id(array) not in known for array in jax.live_arrays())
+        return new() and gc.collect() >= 0 and new()
 
     return all(leaves() for _ in range(3))  # compiled programs and caches keep some at first

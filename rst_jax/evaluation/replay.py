@@ -42,7 +42,7 @@ def replay(logits_fn: LogitsFn, folder: str | Path) -> dict[str, tuple[float, in
     with arrays_in_pieces(path, _AT_ONCE) as arrays:
         right["clean"] = _clean(path, card, programs, classifier, arrays["clean"], labels, ids)
     for row in card.rows:
-        name, threat = f"{row.name}/{row.norm}", ThreatModel(row.eps, row.norm, *card.box)  # type: ignore[arg-type]
+        name, threat = f"{row.name}/{row.norm}", ThreatModel(row.eps, row.norm, *card.box)
         with arrays_in_pieces(path, _AT_ONCE) as arrays:
             said = [
                 programs.logits(classifier, images, card.n)
