@@ -55,7 +55,7 @@ def test_split(path: Path) -> Examples:
         images, labels = _checked(_array(path), _array(beside), str(path), str(beside))
     if not several and labels.min() == labels.max() and len(labels) > 1:
         raise ValueError(
-            f"{path}: every label is {labels[0]}, and what always says so is never wrong; expected two classes at least, "
+            f"{path}: every label is {labels[0]}, and what always says so is never wrong; expected two at least, "
             "or num_classes in an .npz file."
         )
     return images, labels
