@@ -150,9 +150,10 @@ def _its_python(path: Path, doing: str) -> Iterator[None]:
 
 def _line(path: Path, error: BaseException) -> str:
     """Where an error comes from: a line of the file, or of another that is no Python."""
+    its = str(path.absolute())  # as Python calls it
     if isinstance(error, SyntaxError) and error.lineno:
-        return f" (line {error.lineno})" if error.filename == str(path) else f" ({error.filename}, line {error.lineno})"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        return f" (line {error.lineno})" if error.filename == its else f" ({error.filename}, line {error.lineno})"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == its]
     return f" (line {lines[-1]})" if lines else ""
 
 

@@ -1,6 +1,7 @@
 """The one parser: values by their fields' types, numbers and fractions, config files and what is laid over them."""
 
 import argparse
+import os
 
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -141,8 +142,9 @@ FINE = "def get_config(): return {}\n"
         (FINE + "def smoke(): pass", "smoke() gave None; expected a ConfigDict or a dict."),
     ],
 )
-def test_a_broken_file_is_named_with_the_line_and_what_is_wrong(tmp_path, text, words):
-    path = write(tmp_path, text)
+def test_a_broken_file_is_named_with_the_line_and_what_is_wrong(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    path = os.path.relpath(write(tmp_path, text))
     with pytest.raises(ValueError) as error:
         load(f"{path}:smoke" if "smoke" in text else path, {})
     assert str(error.value).startswith((f"{path}: ", f"{path} defines no"))
