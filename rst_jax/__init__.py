@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rst_jax.version import __version__
 
 if TYPE_CHECKING:
-    from rst_jax.evaluation.card import Card, evaluate, replay
+    from rst_jax.evaluation.card import Card, evaluate
+    from rst_jax.evaluation.replay import replay
     from rst_jax.models import ModelSpec
     from rst_jax.reports.card import load_card
     from rst_jax.threat import ThreatModel
@@ -31,7 +32,7 @@ _HOME = {
     "load_card": "reports.card",
     "load_r2s": "tickets.r2s",
     "load_ticket": "tickets.file",
-    "replay": "evaluation.card",
+    "replay": "evaluation.replay",
     "save_ticket": "tickets.file",
 }
 _ROOMS = ("attacks", "interop", "models")

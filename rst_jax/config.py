@@ -185,7 +185,7 @@ def near(word: str, known: Iterable[str], instead: str = "") -> str:
 
 def unknown_field(name: str) -> str:
     """The sentence for a field that does not exist."""
-    known, last = field_names(), name.rsplit(".")[-1]
+    known, last = field_names(), str(name).rsplit(".")[-1]
     by_last = {k.rsplit(".")[-1]: k for k in reversed(known)}
     closest = difflib.get_close_matches(last, by_last, n=1)
     found = _RENAMED.get(name) or (by_last[closest[0]] if closest else "")
@@ -215,7 +215,7 @@ def _build(cls: Any, fields: Mapping[str, Any], prefix: str) -> Any:
     values = {}
     for name in fields:
         if name not in known:
-            raise ValueError(unknown_field(prefix + name))
+            raise ValueError(unknown_field(f"{prefix}{name}"))
         kind, value = known[name], fields[name]
         is_section = dataclasses.is_dataclass(kind)
         values[name] = _build(kind, value, prefix + name + ".") if is_section else _cast(value, kind, prefix + name)

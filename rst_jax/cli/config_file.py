@@ -1,16 +1,19 @@
 """Config files: Python that says what to draw, as data; and what a command line lays over it.
 
-A file defines `get_config()`, which returns a ConfigDict or a dict (configs/base.py explains the fields). It may define
+A file defines `get_config()`, which returns a ConfigDict (frozen or not) or a dict; configs/base.py explains the
+fields. It may define
 
     sweep()    yields (name, {dotted field: value}), one pair a point; the key "source" names an earlier point
     smoke()    {dotted field: value} laid over everything for FILE:smoke, so that all of it is tried in little time
     FIGURE     {"kind": "ratio", ...}: which plot of rst_jax/reports/paper.py shows the sweep
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,8 +82,12 @@ def load(named: str, typed: Mapping[str, Any]) -> ConfigFile:
     if not path.is_file():
         text, colon, variant = named.rpartition(":")
         path = local_path(text if colon else named)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected a config file, for instance configs/digits.py.")
     if not path.is_file():
         raise ValueError(f"there is no config file {path}; {_near_file(path)}")
+    if path.suffix != ".py":
+        raise ValueError(f"{path}: expected a Python file, whose name ends in .py; for instance configs/digits.py.")
     if colon and variant != SMOKE:
         hint = near(variant, [SMOKE], f"expected {path}:{SMOKE} or {path} alone.")
         raise ValueError(f"{path} has no variant {variant!r}; {hint}")
@@ -89,7 +96,7 @@ def load(named: str, typed: Mapping[str, Any]) -> ConfigFile:
     if colon and not hasattr(module, SMOKE):
         raise ValueError(f"{path} defines no {SMOKE}(), which returns {{dotted field: value}} for a quick try.")
     small = _call(path, module, SMOKE) if colon else {}
-    points = list(_call(path, module, "sweep")) if hasattr(module, "sweep") else None
+    points = _call(path, module, "sweep") if hasattr(module, "sweep") else None
     return ConfigFile(
         path=path,
         name=path.stem + f"-{variant}" * bool(colon),
@@ -104,33 +111,50 @@ def load(named: str, typed: Mapping[str, Any]) -> ConfigFile:
 def _run(path: Path) -> ModuleType:
     """The file as a module; it may import from the folder that its own folder lies in."""
     spec = importlib.util.spec_from_file_location("rst_jax_config", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path}: expected a Python file.")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent.parent))
-    try:
+    with _its_python(path, ""):
         spec.loader.exec_module(module)
-    except Exception as error:  # the file is somebody's Python
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
     return module
 
 
 def _call(path: Path, module: ModuleType, function: str) -> Any:
-    """What a function of the file returns; of a generator, a list of what it yields."""
+    """What a function of the file returns: nested dicts; of `sweep`, a list of what it yields."""
+    if not hasattr(module, function):
+        raise ValueError(f"{path} defines no {function}(); configs/base.py shows one.")
+    with _its_python(path, f"{function}(): "):
+        found = getattr(module, function)()
+        if function == "sweep" and isinstance(found, Iterable) and not hasattr(found, "items"):
+            return list(found)
+        if function != "sweep" and hasattr(found, "items"):
+            return changed(found, {})
+    expected = "pairs (name, {dotted field: value})" if function == "sweep" else "a ConfigDict or a dict"
+    got = "None" if found is None else type(found).__name__
+    raise ValueError(f"{path}: {function}() gave {got}; expected {expected}.")
+
+
+@contextlib.contextmanager
+def _its_python(path: Path, doing: str) -> Iterator[None]:
+    """While Python of the file runs: what it imports is found, and whatever it raises is a sentence with its line."""
     sys.path.insert(0, str(path.resolve().parent.parent))
     try:
-        found = getattr(module, function)()
-        found = found if hasattr(found, "items") else list(found)
-    except Exception as error:  # the file is somebody's Python
-        raise ValueError(f"{path}: {function}(): {type(error).__name__}: {error}") from error
+        yield
+    except (Exception, SystemExit) as error:
+        said = error.msg if isinstance(error, SyntaxError) else error
+        told = " ".join(f"{type(error).__name__}: {said}".split())[:300]
+        raise ValueError(f"{path}: {doing}{told}{_line(path, error)}.") from error
     finally:
         sys.path.pop(0)
-    if hasattr(found, "items") == (function == "sweep"):
-        expected = "pairs (name, {dotted field: value})" if function == "sweep" else "a ConfigDict or a dict"
-        raise ValueError(f"{path}: {function}() gave {type(found).__name__}; expected {expected}.")
-    return found
+
+
+def _line(path: Path, error: BaseException) -> str:
+    """Where an error comes from: a line of the file, or of another that is no Python."""
+    its = str(path.absolute())  # as Python calls it
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f" (line {error.lineno})" if error.filename == its else f" ({error.filename}, line {error.lineno})"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == its]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 def _near_file(path: Path) -> str:

@@ -56,7 +56,7 @@ def _parser() -> Parser:
 
 def _replay(o: argparse.Namespace) -> None:
     """Another ticket on the adversarial images of a card."""
-    from rst_jax.evaluation.card import replay
+    from rst_jax.evaluation.replay import replay
 
     others = [name for name in vars(o) if name not in ("ticket", "name", "replay", "typed")]
     refuse_unused(o, others, "--replay classifies the images of a card as they are")
@@ -89,13 +89,14 @@ def _evaluate(o: argparse.Namespace) -> None:
         refuse_unused(o, ["data_path"], "it is the file of --dataset npz")
     if o.dataset in ("npz", "digits"):
         refuse_unused(o, ["data_dir"], "it is where TFDS datasets lie")
-    if o.norm == "l2" or not {"full", "autoattack-l2", "cw-l2"} & set(o.attacks.split(",")):
+    attacks = [name.strip() for name in o.attacks.split(",")]
+    if o.norm == "l2" or not {"full", "autoattack-l2", "cw-l2"} & set(attacks):
         refuse_unused(o, ["eps_l2"], "no attack of another norm than --norm is asked for")
     images = SplitImages(load_test(o.dataset, o.data_dir, o.data_path, o.examples, o.skip))
     if (shape := images.split.images.shape[1:]) != tuple(ticket.image_shape):
         raise ValueError(f"the ticket takes images {list(ticket.image_shape)}; {o.dataset} has {list(shape)}.")
     images_of = Path(o.data_path).stem if o.data_path.endswith(".npy") else o.dataset
-    asked = [ticket.name, ticket.digest[:8], images_of.replace("/", "-"), o.attacks.replace(",", "+"), o.norm]
+    asked = [ticket.name, ticket.digest[:8], images_of.replace("/", "-"), "+".join(attacks), o.norm]
     numbers = {"skip": o.skip, "first": o.examples, "seed": o.seed}
     asked += [f"{o.eps:.4g}", *(f"{word}{value}" for word, value in numbers.items() if value)]
     asked += ["faithful"] * o.faithful
@@ -106,7 +107,7 @@ def _evaluate(o: argparse.Namespace) -> None:
         images,
         images.labels,
         ThreatModel(o.eps, o.norm),
-        o.attacks.split(","),
+        attacks,
         jax.random.key(o.seed),
         batch_size=o.batch_size,
         faithful=o.faithful,

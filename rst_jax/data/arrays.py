@@ -45,11 +45,20 @@ def test_split(path: Path) -> Examples:
       ValueError: what is missing, or what is not right; the file is named.
     """
     if path.suffix != ".npy":
-        return _examples(path, _arrays(path), "test")
-    if path.name == _BESIDE or not (path.parent / _BESIDE).is_file():
+        found = _arrays(path)
+        images, labels = _examples(path, found, "test")
+        several = _said(path, found) is not None
+    elif path.name == _BESIDE or not (path.parent / _BESIDE).is_file():
         raise ValueError(f"{path}: expected an .npy file of images, uint8 [N, H, W, C], with {_BESIDE} beside it.")
-    images, labels = _array(path), _array(path.parent / _BESIDE)
-    return _checked(images, labels, str(path), str(path.parent / _BESIDE))
+    else:
+        beside, several = path.parent / _BESIDE, False
+        images, labels = _checked(_array(path), _array(beside), str(path), str(beside))
+    if not several and labels.min() == labels.max() and len(labels) > 1:
+        raise ValueError(
+            f"{path}: every label is {labels[0]}, and what always says so is never wrong; expected two at least, "
+            "or num_classes in an .npz file."
+        )
+    return images, labels
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

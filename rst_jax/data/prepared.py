@@ -109,8 +109,8 @@ class Prepared:
             hint = " Without one it can be evaluated on, and not trained on." if part == "train" else ""
             raise ValueError(f"{self.folder}: there is no split {part}; there are {', '.join(splits)}.{hint}")
         source = self._builder.as_data_source(part, decoders=decoders, file_format="array_record")
-        shards = [Path(each.filename) for each in splits[part].file_instructions]
-        ends = np.cumsum(splits[part].shard_lengths)
+        files = splits[part].file_instructions
+        shards, ends = [Path(each.filename) for each in files], np.cumsum([each.examples_in_shard for each in files])
         if missing := [shard.name for shard in shards if not shard.is_file()]:
             raise ValueError(f"{self.folder}: {', '.join(missing[:3])} missing. {self._again()}")
 
@@ -126,7 +126,7 @@ class Prepared:
                 raise ValueError(f"{where}: cannot be read ({_told(error)}). {self._again()}") from error
             return found
 
-        return int(ends[-1]), read
+        return len(source), read
 
     def _absent(self) -> str:
         hint = "" if self.name in CATALOG else near(self.name, [*CATALOG, "npz"]).capitalize()

@@ -62,17 +62,18 @@ class Split:
 
 
 class SplitImages:
-    """The images of a split as float32 in [0, 1], read when they are asked for; a label is known once its image was.
+    """The images of a split as float32 in [0, 1], read when they are asked for.
 
     Args:
       split: in memory or encoded.
 
     Attributes:
-      labels: int32 [N], 0 until then.
+      labels: int32 [N]; of an encoded image 0 until it was read.
     """
 
     def __init__(self, split: Split):
-        self.split, self.labels = split, np.zeros(len(split), np.int32)
+        self.split = split
+        self.labels = np.zeros(len(split), np.int32) if split.labels is None else split.labels.copy()
 
     def __len__(self) -> int:
         return len(self.split)

@@ -15,29 +15,27 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from rst_jax.attacks.attack import Attack
+from rst_jax.data.given import whole_labels
 from rst_jax.evaluation.batch import Attacker
 from rst_jax.evaluation.cascade import Cascade, run
 from rst_jax.evaluation.checks import check_cascade, check_function, check_suite, check_sweep, verdict
-from rst_jax.evaluation.classifier import Classifier, LogitsFn, of_function
+from rst_jax.evaluation.classifier import LogitsFn, of_function
 from rst_jax.evaluation.evidence import SHOWN, WRONG, Evidence, Examples, Images
 from rst_jax.evaluation.images import ImageFile, write_images
-from rst_jax.evaluation.programs import Programs
+from rst_jax.evaluation.programs import Programs, make_programs
 from rst_jax.evaluation.question import Question, ask, check_given, examine, key_data
 from rst_jax.evaluation.suites import described, make_suite
-from rst_jax.losses import correct
 from rst_jax.records import PRECISION, CardRecord, CascadeRecord, Check, Curve, Sweep, accuracy, provenance, read_json
 from rst_jax.reports.card import card_text
-from rst_jax.runtime.files import arrays_in_pieces, write_arrays, write_json
-from rst_jax.runtime.mesh import from_main, is_main, make_mesh
+from rst_jax.runtime.files import write_arrays, write_json
+from rst_jax.runtime.mesh import from_main, is_main
 from rst_jax.runtime.paths import local_path
 from rst_jax.threat import ThreatModel
 
 _FRAGILE = 1e-4
 _PROBED = 64  # images on which the function itself is looked at
-_REPLAYED = 250  # images at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +98,15 @@ def evaluate(
     """Measure a classifier's robustness, and how far the measure can be trusted.
 
     Args:
-      logits_fn: float32 images [N, H, W, C] to logits [N, classes], the same whenever it is called. A function that JAX
-        cannot trace (a network of another library) is called with NumPy arrays; on it, and where JAX has no gradient,
-        only attacks without gradients ("square", "bandits") can be run.
+      logits_fn: float32 images [N, H, W, C] to logits [N, classes], the same whenever it is called; one that keeps
+        arrays from call to call, such as a random key that it splits, is refused. A function that JAX cannot trace (a
+        network of another library) is called with NumPy arrays; on it, and where JAX has no gradient, only attacks
+        without gradients ("square", "bandits") can be run.
       images: float32 [n, H, W, C] in the threat model's box; an array, or anything with a length that gives such an
-        array for an array of places, and is asked for a batch at a time. labels: integers [n].
+        array for an array of places, and is asked for a batch at a time. labels: whole numbers [n].
       threat_model: norm, eps, box.
-      attacks: "autoattack", "full", or names of `suites.ATTACKS`, each of which makes a cascade; or attacks themselves.
+      attacks: "autoattack", "full", or names of `suites.ATTACKS`, each of which makes a cascade ("pgd-20,square"); or a
+        sequence of names and of attacks themselves.
       key: of all random samples, as `jax.random.key` makes them; `jax.random.key(0)` if not given.
       batch_size: examples a program takes at most. Results do not hang on it.
       faithful: keep the published attacks' quirks, for comparison with them.
@@ -122,19 +122,20 @@ def evaluate(
       ValueError: images, labels, ids, key, radius, logits or names that are not right, or a folder that holds another
         evaluation or is in use.
     """
-    labels, n, folder = np.asarray(labels), len(images), None if folder is None else local_path(folder)
+    n, folder = len(images), None if folder is None else local_path(folder)
     images = np.asarray(images) if hasattr(images, "__array__") or isinstance(images, list | tuple) else images
     ids, some = np.arange(n) if ids is None else np.asarray(ids), np.asarray(images[np.arange(min(n, 2))])
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    check_given(some, n, labels, ids, threat_model)
+    check_given(some, n, ids, threat_model)
     start = key_data(key)
     classifier = of_function(logits_fn, some)
+    labels = whole_labels(np.asarray(labels), "labels", n, classifier.classes)
     classifier = dataclasses.replace(classifier, name=subject or classifier.name)
-    programs = Programs(_devices(classifier), batch_size)
-    examples = examine(programs, classifier, images, labels, ids, threat_model)
     hindered = classifier.obstacle
     suite = make_suite(attacks, threat_model, some.shape[1:], eps_l2=eps_l2, faithful=faithful, obstacle=hindered)
+    programs = make_programs(classifier, batch_size)
+    examples = examine(programs, classifier, images, labels, ids, threat_model)
     question = ask(programs, classifier, examples, threat_model, suite, start, dataset)
     return measure(programs, question, folder, keep_images)
 
@@ -179,35 +180,6 @@ def finished(folder: Path, digest: str) -> bool:
         with contextlib.suppress(ValueError):
             there = read_json(folder / "card.json", CardRecord).subject_digest == digest
     return bool(from_main(np.asarray(there)))
-
-
-def replay(logits_fn: LogitsFn, folder: str | Path) -> dict[str, tuple[float, int]]:
-    """Transfer: accuracy of another classifier on the images that a card has kept, and how many these are.
-
-    Of each cascade its adversarial images (and the clean ones that it did not break), and of "clean" the clean ones.
-
-    Raises:
-      ValueError: the card kept no images, or the classifier takes others.
-    """
-    path = local_path(folder) / "adversarials.npz"
-    if not path.exists():
-        raise ValueError(f"{path}: there are no adversarial images; evaluate with keep_images (--keep_images).")
-    with arrays_in_pieces(path, 2) as arrays:
-        classifier = of_function(logits_fn, next(iter(arrays["clean"])))
-    with arrays_in_pieces(path, _REPLAYED) as arrays:
-        labels = np.concatenate(list(arrays["label"]))
-        programs, right = Programs(_devices(classifier), _REPLAYED), dict[str, tuple[float, int]]()
-        for name, pieces in arrays.items():
-            if len(pieces.shape) == 4:
-                said = [programs.logits(classifier, images, pieces.shape[0]) for images in pieces]
-                n = pieces.shape[0]
-                right[name] = float(correct(np.concatenate(said), labels[:n]).mean()), n
-    return right
-
-
-def _devices(classifier: Classifier) -> Mesh:
-    """All, or one where the function is another library's."""
-    return make_mesh() if classifier.traced else make_mesh(jax.devices()[:1])
 
 
 def _keep(path: Path, question: Question, found: list[Evidence], files: list[ImageFile]) -> None:

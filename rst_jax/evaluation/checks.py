@@ -21,6 +21,9 @@ _SHARE = 0.1  # of the standing examples
 _POINTS = 0.002  # of all examples; the published check of Square
 _SATURATED = 16.6  # a margin from which a float32 softmax is exactly 1 at the label: -log(2^-24)
 _PROBED = 64  # images
+_SLACK, _ONE_SUM = 1e-5, 1e-3  # below 0 and above 1, over the largest output; between two sums, over the larger
+_HALF = 0.01  # by how much types of 16 bits may miss a sum of 1
+_UNLIKELY = 0.01  # a probability that some class of some image exceeds
 _NUDGE = 0.25 / 255  # of the box, for every pixel: less than half a grey level of eight bits
 _PASSES = 200  # as many as PGD-100 or one run of Auto-PGD looks forward and back
 
@@ -45,9 +48,8 @@ def check_function(raw: Logits, compiled: Logits, images: np.ndarray, threat: Th
         "half of the images alone": _apart(first[:half], raw(x[:half])),
     }
     worst = max(distance, key=lambda name: distance[name])
+    shares, unit = _probabilities(first.astype(np.float64))
     total = first.astype(np.float64).sum(-1)
-    shares = bool((first >= -1e-5).all() and np.ptp(total) < 1e-3 * np.abs(total).max())  # of one whole
-    unit = bool((first >= -1e-5).all() and (first <= 1 + 1e-5).all())
     nudge = _NUDGE * (threat.upper - threat.lower)
     noise = np.where(np.random.Philox(key=0).random_raw(x.size).reshape(x.shape) % 2, nudge, -nudge)
     inward = np.where((x + noise < threat.lower) | (x + noise > threat.upper), -noise, noise)
@@ -78,6 +80,20 @@ def check_function(raw: Logits, compiled: Logits, images: np.ndarray, threat: Th
             "inputs are quantised, and gradients through that mean little",
         ),
     ]
+
+
+def _probabilities(outputs: np.ndarray) -> tuple[bool, bool]:
+    """Whether outputs [n, classes] are shares of one whole, and whether they look like probabilities of each class.
+
+    All is relative to their size, since logits may be tiny or lie far from 0. Shares are not below 0, and their sum is
+    1 (or 100), or one for all images that they differ by much of, as shares that are sure of something do.
+    """
+    size, total = np.abs(outputs).max(), outputs.sum(-1)
+    if outputs.min() < -_SLACK * size or not size:
+        return False, False
+    whole = any(np.abs(total - one).max() < _HALF * one for one in (1, 100))
+    differ = np.ptp(outputs) > 0.1 * total.mean() / outputs.shape[-1]
+    return bool(whole or (differ and np.ptp(total) < _ONE_SUM * total.max())), bool(_UNLIKELY < size <= 1 + _SLACK)
 
 
 def check_cascade(cascade: Cascade, evidence: Evidence, logits: np.ndarray, labels: np.ndarray) -> list[Check]:
@@ -242,5 +258,6 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
     """
     a = a.astype(np.float64)
     spread, size = (np.linalg.norm(each, axis=-1) for each in (a - a.mean(-1, keepdims=True), a))
-    gap = np.linalg.norm(a - b, axis=-1) / (spread + 0.01 * size + 1e-10)
+    least = 1e-10 * size.max(initial=0.0) + 1e-300  # where a row is all 0
+    gap = np.linalg.norm(a - b, axis=-1) / (spread + 0.01 * size + least)
     return float(gap.max(initial=0.0)) if np.isfinite(gap).all() else float("inf")

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from rst_jax.attacks.attack import Attack, Problem, advance
 from rst_jax.evaluation.classifier import KEYS, Apply, Classifier
-from rst_jax.runtime.mesh import AXIS, fetch, on_cpu, replicate, split_rows
+from rst_jax.runtime.mesh import AXIS, fetch, make_mesh, on_cpu, replicate, split_rows
 from rst_jax.runtime.operations import has_convolution, operations
 from rst_jax.threat import ThreatModel
 
@@ -174,6 +174,11 @@ class Programs:
             options = {"xla_backend_optimization_level": level, **_ROW_BY_ROW} if on_cpu(self.mesh) else {}
             self._kept[name] = jax.jit(mapped, donate_argnums=gives_up, compiler_options=options)
         return self._kept[name]
+
+
+def make_programs(classifier: Classifier, batch_size: int) -> Programs:
+    """Over all devices, or over one where the function is another library's."""
+    return Programs(make_mesh() if classifier.traced else make_mesh(jax.devices()[:1]), batch_size)
 
 
 def violations(threat: ThreatModel, adversarial: np.ndarray, images: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rst_jax.data.given import check_shape, whole_labels
 from rst_jax.evaluation.classifier import KEYS, Classifier
 from rst_jax.evaluation.evidence import Examples, Images
 from rst_jax.evaluation.programs import Programs
@@ -132,12 +133,7 @@ def examine(
     if not np.isfinite(clean).all():
         place = int(np.flatnonzero(~np.isfinite(clean).all(-1))[0])
         raise ValueError(f"logits must be finite; those of image {place} are {clean[place].tolist()}.")
-    if labels.min() < 0 or labels.max() >= clean.shape[-1]:
-        raise ValueError(
-            f"labels must lie in [0, {clean.shape[-1] - 1}], one of the {clean.shape[-1]} logits; got "
-            f"{labels.min()} to {labels.max()}."
-        )
-    return Examples(images, labels.astype(np.int32), ids, clean, examples_digest)
+    return Examples(images, whole_labels(labels, "labels", n, clean.shape[-1]), ids, clean, examples_digest)
 
 
 def check_images(images: np.ndarray, threat: ThreatModel) -> None:
@@ -147,8 +143,7 @@ def check_images(images: np.ndarray, threat: ThreatModel) -> None:
       ValueError: says what was expected, and what it was.
     """
     box = f"[{threat.lower:g}, {threat.upper:g}]"
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"images must be [n, H, W, C], at least one; got {list(images.shape)}.")
+    check_shape(images.shape, "images")
     if images.dtype != np.float32:
         hint = " Divide integers by 255." if np.issubdtype(images.dtype, np.integer) else ""
         raise ValueError(f"images must be float32 in {box}; got {images.dtype}.{hint}")
@@ -157,16 +152,15 @@ def check_images(images: np.ndarray, threat: ThreatModel) -> None:
         raise ValueError(f"images must lie in {box}; got values from {low:.4g} to {high:.4g}.")
 
 
-def check_given(some: np.ndarray, n: int, labels: np.ndarray, ids: np.ndarray, threat: ThreatModel) -> None:
-    """Refuse images (`some` of n), labels, ids or a radius that are not right, in a sentence.
+def check_given(some: np.ndarray, n: int, ids: np.ndarray, threat: ThreatModel) -> None:
+    """Refuse images (`some` of n), ids or a radius that are not right, in a sentence.
 
     Raises:
       ValueError: says what was expected, and what it was.
     """
     check_images(some, threat)
-    for name, values in (("labels", labels), ("ids", ids)):
-        if values.shape != (n,) or not np.issubdtype(values.dtype, np.integer):
-            raise ValueError(f"{name} must be integers [{n}], one an image; got {values.dtype} {list(values.shape)}.")
+    if ids.shape != (n,) or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"ids must be integers [{n}], one an image; got {ids.dtype} {list(ids.shape)}.")
     if len(np.unique(ids)) < n or not (ids.min() >= -(2**31) and ids.max() < 2**31):
         raise ValueError("ids must be different integers of 32 bits, since random samples follow from them.")
     threat.check_reach(some.shape[1:])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rst_jax.attacks import APGD, CWL2, FAB, MIM, PGD, Attack, Bandits, Noise, Square, autoattack
 from rst_jax.config import PGDSettings, near
@@ -72,7 +72,8 @@ def make_suite(
     """The cascades by their names.
 
     Args:
-      attacks: names of `ATTACKS`, "autoattack-l2", or "full"; or attacks themselves.
+      attacks: names of `ATTACKS`, "autoattack-l2", or "full", several with commas between or in a sequence; or attacks
+        themselves.
       threat: of all cascades but those that say L2.
       image_shape: [H, W, C]; how far the sweep must go under L2 follows from it.
       eps_l2: of the cascades that say L2, unless the threat model is L2 itself.
@@ -80,10 +81,10 @@ def make_suite(
       obstacle: why attacks with gradients cannot be run, if they cannot.
 
     Raises:
-      ValueError: an unknown name (the nearest one is named), an attack that cannot be run, or two of one name.
+      ValueError: an unknown name (the nearest one is named), an attack that cannot be run, two of one name, or none.
     """
     cascades = list[Cascade]()
-    for asked in _named([attacks] if isinstance(attacks, str | Attack) else attacks, threat):
+    for asked in _named(_split(attacks), threat):
         cascade = _own(asked, threat) if isinstance(asked, Attack) else _known(asked, threat, eps_l2, faithful)
         if obstacle and any(attack.needs_gradient for attack in cascade.attacks):
             raise ValueError(
@@ -108,13 +109,28 @@ def _own(attack: Attack, threat: ThreatModel) -> Cascade:
     return Cascade(attack.name, (attack,), threat, folder=re.sub(r"[^\w.+-]+", "-", attack.name.lower()))
 
 
+def _split(attacks: str | Attack | Sequence[str | Attack]) -> list[str | Attack]:
+    """Attacks and single names."""
+    if isinstance(attacks, str):
+        return [name.strip() for name in attacks.split(",")]
+    if isinstance(attacks, Attack):
+        return [attacks]
+    if not isinstance(attacks, Iterable):
+        raise ValueError(f"attacks must be names or attacks; got {attacks!r}.")
+    found = [each for some in attacks for each in (_split(some) if isinstance(some, str) else [some])]
+    if not found:
+        raise ValueError("attacks must name at least one; take autoattack.")
+    return found
+
+
 def _named(names: Sequence[str | Attack], threat: ThreatModel) -> list[str | Attack]:
     """The cascades asked for, each once, and last of all noise, which every card has."""
     known, found = [*ATTACKS, "autoattack-l2", "full"], list[str | Attack]()
     for name in names:
         if not isinstance(name, Attack) and name not in known:
-            hint = near(name, known, f"there are {', '.join(known)}.")
-            raise ValueError(f"there is no attack {name!r}; {hint}")
+            hint = near(str(name), known, f"there are {', '.join(known)}.")
+            made = " Of an attack's class give one made, as in PGD()." if isinstance(name, type) else ""
+            raise ValueError(f"there is no attack {name!r}; {hint}{made}")
         found += FULL if name == "full" else [name]
     if threat.norm == "l2":
         if "cw-linf" in names:

@@ -138,6 +138,8 @@ def stored_arrays(path: Path) -> Iterator[dict[str, Stored]]:
     """
     with opened(path) as (raw, size), contextlib.ExitStack() as stack:
         with _readable(path):
+            if raw.read(6) == np.lib.format.MAGIC_PREFIX:
+                raise ValueError("it is one array, as an .npy file; expected several, as an .npz file")
             stored = _declared(path, stack.enter_context(zipfile.ZipFile(raw)), size)
         yield stored
 

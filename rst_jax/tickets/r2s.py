@@ -29,12 +29,9 @@ class R2S:
         shapes = [jax.tree.map(np.shape, t.variables) for t in tickets]
         if any(t.model != tickets[0].model or s != shapes[0] for t, s in zip(tickets, shapes, strict=True)):
             raise ValueError("R2S switches between tickets of one network; these differ in model or shapes.")
-        p = np.full(len(tickets), 1 / len(tickets)) if probabilities is None else np.asarray(probabilities, np.float64)
-        if p.shape != (len(tickets),) or (p < 0).any() or abs(p.sum() - 1) > 1e-6:
-            raise ValueError(
-                f"probabilities must be {len(tickets)} numbers of at least 0 that sum to 1; got {p.tolist()}."
-            )
-        self.tickets, self.probabilities = list(tickets), p
+        n = len(tickets)
+        self.tickets = list(tickets)
+        self.probabilities = np.full(n, 1 / n) if probabilities is None else _checked(probabilities, n)
 
     def __call__(self, images: jax.Array, key: jax.Array) -> jax.Array:
         """Logits [N, classes] of images [N, H, W, C], each from the ticket that `key` picks for it."""
@@ -45,6 +42,18 @@ class R2S:
     def pick(self, key: jax.Array, n: int) -> jax.Array:
         """Which ticket classifies each of n images: int [n]."""
         return jax.random.categorical(key, jnp.log(jnp.asarray(self.probabilities, jnp.float32)), shape=(n,))
+
+
+def _checked(probabilities: Sequence[float], n: int) -> np.ndarray:
+    """Of n tickets: float64 [n]."""
+    given = np.asarray(probabilities, object)
+    try:
+        p = given.astype(np.float64)
+    except (TypeError, ValueError):  # no numbers
+        p = np.full(given.shape, np.nan)
+    if p.shape != (n,) or not ((p >= 0).all() and abs(p.sum() - 1) <= 1e-6):
+        raise ValueError(f"probabilities must be {n} numbers of at least 0 that sum to 1; got {given.tolist()!r:.200}.")
+    return p
 
 
 def expected_accuracy(correct: np.ndarray, probabilities: np.ndarray) -> np.ndarray:

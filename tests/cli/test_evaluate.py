@@ -113,6 +113,15 @@ def test_two_npy_files_are_evaluated_on(tmp_path, capsys, monkeypatch):
     assert "--skip must be at least 0" in capsys.readouterr().err
 
 
+def test_labels_that_the_ticket_does_not_know_are_named_before_the_work(tmp_path, capsys):
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "d.npz", x_test=images, y_test=np.asarray([1, 10, 2, 3]))
+    words = ("--dataset", "npz", "--data_path", tmp_path / "d.npz", "--eps", ".1", "--out", tmp_path / "card")
+    assert typed("evaluate", TICKET, *words) == 2
+    assert "labels must lie in [0, 9] and be whole numbers; got 10 for image 1" in capsys.readouterr().err
+    assert not (tmp_path / "card").exists()
+
+
 def test_no_card_is_told(capsys, tmp_path):
     assert typed("show", tmp_path) == 2
     assert "there is no card at" in capsys.readouterr().err

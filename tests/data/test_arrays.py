@@ -86,6 +86,16 @@ def test_a_file_of_test_images_alone_is_tested_on_and_not_trained_on(tmp_path):
         load_test("npz", "", str(save(tmp_path, x_test=first(ARRAYS["x_test"]))))
 
 
+@pytest.mark.parametrize("label", [0, 3])
+def test_one_class_alone_is_not_tested_on_unless_there_are_more(tmp_path, label):
+    y_test = np.full(10, label)
+    path = save(tmp_path, y_test=y_test)
+    with pytest.raises(ValueError, match=f"every label is {label}, and what always says so is never wrong"):
+        load_test("npz", "", str(path))
+    assert len(load_test("npz", "", str(save(tmp_path, y_test=y_test, num_classes=np.asarray(5))))) == 10
+    assert len(load_test("npz", "", str(save(tmp_path, y_test=y_test[:1], x_test=ARRAYS["x_test"][:1])))) == 1
+
+
 def test_corrupted_images_and_their_labels_in_two_files_are_tested_on(tmp_path):
     """As CIFAR-10-C: five severities in one array, the labels of each the same."""
     np.save(tmp_path / "fog.npy", ARRAYS["x_train"])
@@ -109,6 +119,7 @@ def test_corrupted_images_and_their_labels_in_two_files_are_tested_on(tmp_path):
         (ARRAYS["x_train"], None, "expected an .npy file of images, uint8 .*, with labels.npy beside it"),
         (ARRAYS["x_train"], ARRAYS["y_train"][:-1], "fog.npy has 50 images and 49 labels"),
         (ARRAYS["x_train"], ARRAYS["y_train"] + 2**32, r"labels\.npy must lie in"),
+        (ARRAYS["x_train"], np.zeros(50, np.uint8), "every label is 0"),
         (ARRAYS["x_train"].astype(np.float32), ARRAYS["y_train"], "fog.npy must be uint8"),
         (first(ARRAYS["x_train"]), ARRAYS["y_train"], "fog.npy must be .*channels first"),
         (ARRAYS["y_train"], ARRAYS["y_train"], "fog.npy must be uint8"),

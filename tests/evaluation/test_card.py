@@ -15,7 +15,11 @@ import numpy as np
 import pytest
 
 import rst_jax
+from rst_jax.attacks import Square
 from rst_jax.evaluation.card import finished
+from rst_jax.evaluation.classifier import of_function
+from rst_jax.evaluation.programs import make_programs
+from rst_jax.evaluation.question import examine
 from rst_jax.evaluation.suites import ATTACKS, make_suite
 from rst_jax.records import CardRecord, read_json
 from rst_jax.reports.card import write_card_page
@@ -155,10 +159,14 @@ def test_where_there_is_no_terminal_a_long_attack_tells_how_far_it_is(monkeypatc
 )
 def test_a_folder_of_another_evaluation_is_refused(made, change, named):
     _, folder = made
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    def there():  # but the lock, which says who held it last
+        return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+    before = there()
     with pytest.raises(ValueError, match=f"belongs to another evaluation: .*{named}"):
         evaluate(**{"attacks": ("autoattack", "pgd-100x10"), "folder": folder, **change})
-    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert before == there()
 
 
 def test_a_folder_that_holds_other_things_is_refused(tmp_path):
@@ -180,7 +188,13 @@ def test_a_folder_that_holds_other_things_is_refused(tmp_path):
         ({"images": IMAGES[..., 0]}, r"images must be \[n, H, W, C\]"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "at least one"),
         ({"labels": LABELS[:-1]}, r"labels must be integers \[24\]"),
-        ({"labels": LABELS.astype(np.float32)}, "labels must be integers"),
+        ({"labels": LABELS + np.float32(0.5)}, "whole numbers"),
+        ({"labels": np.where(np.arange(N) == 3, np.nan, LABELS)}, "whole numbers; got nan for image 3"),
+        ({"labels": LABELS + 2**32}, r"labels must lie in .* got 429496729\d for image 0"),
+        ({"labels": LABELS + 2**31}, "labels must lie in"),
+        ({"labels": LABELS.astype(str)}, "labels must be integers"),
+        ({"labels": np.eye(5)[LABELS]}, r"labels must be integers .* Take np\.argmax\(labels, -1\)"),
+        ({"images": np.moveaxis(IMAGES, -1, 1)}, r"channels first; put them last with np\.transpose"),
         ({"labels": LABELS + 3}, r"labels must lie in \[0, 4\]"),
         ({"labels": LABELS - 1}, r"labels must lie in \[0, 4\]"),
         ({"logits_fn": lambda x: network(x) / 0}, "logits must be finite; those of image 0"),
@@ -212,6 +226,15 @@ def test_where_there_are_no_gradients_the_other_attacks_run(logits_fn):
     assert card.record.rows[0].broken["Square"] > 3
     assert card.record.rows[1].broken["Bandits"] > 0
     assert card.record.verdict == "trustworthy"
+
+
+def test_labels_of_any_type_are_the_same_question():
+    classifier = of_function(network, IMAGES[:2])
+    programs, ids = make_programs(classifier, N), np.arange(N)
+    kinds = (np.int32, np.uint8, np.int16, np.uint64, np.float32)
+    found = [examine(programs, classifier, IMAGES, LABELS.astype(kind), ids, EPS) for kind in kinds]
+    assert {each.digest for each in found} == {found[0].digest}
+    assert {each.labels.dtype for each in found} == {np.dtype(np.int32)}
 
 
 def test_half_precision_logits_are_taken():
@@ -394,6 +417,11 @@ def test_images_that_are_read_when_asked_for_make_the_same_card(tmp_path):
     [
         ("fgsm", "linf", ["FGSM", "noise"]),
         (["noise", "mim", "mim"], "linf", ["MIM", "noise"]),
+        ("pgd-20,square", "linf", ["PGD-20 eps/4", "Square", "noise"]),
+        (" fgsm , mim", "linf", ["FGSM", "MIM", "noise"]),
+        (("fgsm", "mim"), "linf", ["FGSM", "MIM", "noise"]),
+        (["fgsm,mim", Square()], "linf", ["FGSM", "MIM", "Square", "noise"]),
+        (iter(["fgsm", "fgsm,mim"]), "linf", ["FGSM", "MIM", "noise"]),
         (["autoattack-l2"], "l2", ["AutoAttack", "noise"]),
         (["autoattack", "autoattack-l2"], "linf", ["AutoAttack", "AutoAttack L2", "noise"]),
     ],
@@ -403,6 +431,27 @@ def test_every_row_is_there_once_and_noise_last(names, norm, expected):
     assert [row.name for row in rows] == expected
     more = cascades(["full", "bandits"], ThreatModel(0.1, norm))
     assert [row.name for row in more][-2:] == ["Bandits", "noise"]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("pgd-20,,square", "there is no attack ''"),
+        ("", "there is no attack ''"),
+        ("pgd-20;square", "there is no attack 'pgd-20;square'"),
+        (["fgsm", "pgd20"], "did you mean 'pgd-20'"),
+        ([], "at least one"),
+        (None, "must be names or attacks; got None"),
+        (20, "must be names or attacks; got 20"),
+        ([None], "there is no attack None"),
+        ([["fgsm"]], "there is no attack"),
+        (Square, "must be names or attacks"),
+        ([Square], r"give one made, as in PGD\(\)"),
+    ],
+)
+def test_what_names_no_attack_is_a_sentence(names, words):
+    with pytest.raises(ValueError, match=words):
+        make_suite(names, ThreatModel(0.1), (5, 5, 1))
 
 
 def test_cw_linf_is_of_linf():

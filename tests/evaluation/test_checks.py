@@ -10,7 +10,7 @@ import pytest
 import rst_jax
 from rst_jax.attacks import APGD, Noise, Square
 from rst_jax.evaluation.cascade import Cascade
-from rst_jax.evaluation.checks import check_cascade, check_suite, check_sweep, verdict
+from rst_jax.evaluation.checks import check_cascade, check_function, check_suite, check_sweep, verdict
 from rst_jax.evaluation.evidence import Evidence, Examples
 from rst_jax.records import Check
 from rst_jax.threat import ThreatModel
@@ -99,6 +99,45 @@ def test_probabilities_are_seen():
 
 def test_probabilities_in_percent_are_seen():
     assert card(lambda x: 100 * jax.nn.softmax(plain(x))).record.verdict.startswith("invalid: outputs lie in")
+
+
+OUTPUTS = {
+    "times 1e-6": lambda x: plain(x) * 1e-6,
+    "times 1e-12": lambda x: plain(x) * 1e-12,
+    "times 1e6": lambda x: plain(x) * 1e6,
+    "plus 1e5": lambda x: plain(x) + 1e5,
+    "plus 1e3": lambda x: plain(x) + 1e3,
+    "minus 1e5": lambda x: plain(x) - 1e5,
+    "of mean 0, plus 1e5": lambda x: plain(x) - jnp.mean(plain(x), -1, keepdims=True) + 1e5,
+    "not below 0, times 1e-6": lambda x: jnp.maximum(plain(x), 0) * 1e-6,
+    "softmax": lambda x: jax.nn.softmax(plain(x)),
+    "softmax, unsure": lambda x: jax.nn.softmax(plain(x) * 1e-3),
+    "softmax, sure": lambda x: jax.nn.softmax(plain(x) * 1e3),
+    "softmax of 16 bits": lambda x: jax.nn.softmax(plain(x).astype(jnp.bfloat16)),
+    "softmax times 1e-6": lambda x: jax.nn.softmax(plain(x)) * 1e-6,
+    "softmax times 255": lambda x: jax.nn.softmax(plain(x)) * 255,
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_probabilities_are_known_whatever_the_size_of_the_outputs(name):
+    def raw(x):
+        return np.asarray(OUTPUTS[name](x)).astype(np.float32)
+
+    found = {check.name: check for check in check_function(raw, raw, IMAGES, EPS)}
+    assert found["deterministic"].passed
+    assert found["logits"].passed != name.startswith("softmax")
+    assert found["logits"].passed or found["logits"].effect == "invalid"
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-6, 1.0, 1e6])
+def test_noise_is_seen_whatever_the_size_of_the_logits(size):
+    noise = np.random.default_rng(0)
+
+    def raw(x):
+        return ((plain(x) + 0.01 * noise.normal(size=(len(x), CLASSES))) * size).astype(np.float32)
+
+    assert not check_function(raw, raw, IMAGES, EPS)[0].passed
 
 
 def test_sigmoids_are_suspect():

@@ -44,6 +44,23 @@ def test_r2s_refuses_what_cannot_be_switched(drawn):
         R2S(drawn, [0.5, 0.6])
     with pytest.raises(ValueError, match="2 numbers"):
         R2S(drawn, [1.0])
+    nan, inf = float("nan"), float("inf")
+    wrong = (
+        [nan, 1.0],
+        [nan, nan],
+        [inf, 0.0],
+        [inf, -inf],
+        [-0.5, 1.5],
+        [1, 1],
+        [0, 0],
+        [],
+        1.0,
+        ["a", "b"],
+        [None, 1],
+    )
+    for probabilities in (*wrong, [[0.5], [0.5]], [[1.0], [0.5, 0.5]], np.eye(2), [1j, 1]):
+        with pytest.raises(ValueError, match="probabilities must be 2 numbers of at least 0 that sum to 1; got"):
+            R2S(drawn, probabilities)
     other = Ticket(
         ModelSpec(SPEC.name, 10, (0.5,), SPEC.std), (8, 8, 1), 0.1, drawn[0].weights, {}, drawn[0].batch_stats
     )
