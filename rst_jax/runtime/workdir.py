@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rst_jax.runtime import preemption
+from rst_jax.runtime.door import read_json
 from rst_jax.runtime.files import clear_temporary, guarded, make_folder, write_json
 from rst_jax.runtime.mesh import from_main, is_main, on_main
 from rst_jax.runtime.progress import tell
@@ -172,8 +173,8 @@ class Claim:
         if not path.exists():
             return None
         try:
-            return dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            return read_json(path, dict[str, Any])
+        except ValueError as error:
             raise ValueError(f"{path}: cannot be read ({error}); take a new {self.instead}.") from error
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
