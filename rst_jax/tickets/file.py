@@ -76,7 +76,7 @@ def load_ticket(path: str | Path) -> Ticket:
             ticket = _ticket(stored, meta, path.stat().st_size)
             check_finite(ticket)
         except (ValueError, TypeError, MemoryError) as error:
-            raise ValueError(f"{path}: this is not a readable ticket: {error}.") from error
+            raise ValueError(f"{path}: this is not a readable ticket: {str(error).rstrip('.')}.") from error
     try:
         return meta.check(ticket)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -246,6 +247,12 @@ def test_a_flipped_bit_in_a_checkpoint_of_tickets_is_found(checkpoint):
         assert now in ({}, digests)
         found += now == {}
     assert found >= 20
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(checkpoint):
+    os.mkfifo(checkpoint / "tickets" / "d" / "pipe")
+    with pytest.raises(ValueError, match="pipe is no ordinary file"):
+        restore_tickets(checkpoint)
 
 
 def test_a_checkpoint_of_an_earlier_version_keeps_its_digests(tmp_path):
