@@ -15,6 +15,7 @@ from typing import Any
 
 from rst_jax import records
 from rst_jax.runtime import files
+from rst_jax.runtime.text import check_name
 from rst_jax.tickets.file import load_ticket
 
 # PGD-20 accuracy of ResNet-18 on CIFAR-10 by remaining ratio, as read off Fig. 1 of the paper, %.
@@ -31,6 +32,7 @@ def keep(workdir: Path, zoo: Path, config: str) -> list[dict[str, Any]]:
         if any(row["digest"] == record.digest for row in index):
             continue
         name = f"{record.dataset}-{record.model}-{record.remaining_ratio:g}-{record.digest[:8]}"
+        check_name(name)
         zoo.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(workdir / "tickets" / f"{record.name}.ticket", zoo / f"{name}.ticket")
         shutil.copyfile(path, zoo / f"{name}.json")

@@ -139,6 +139,8 @@ def pairs(clean: np.ndarray, adversarial: np.ndarray, said: list[list[str]], wro
             axes.set_title("\n".join(map(label, said[row][column].split("\n"))), fontsize=10, color=colour)
             for spine in axes.spines.values():
                 spine.set_color(ROBUST if wrong[row][column] else "#dde2e6")
+    if (channels := clean.shape[-1]) not in (1, 3):
+        figure.supxlabel(f"the mean of {channels} channels", fontsize=8)
     picture = io.BytesIO()
     _save(figure, picture, format="png", dpi=150)
     data = base64.b64encode(picture.getvalue()).decode()

@@ -82,7 +82,7 @@ def read_json(path: Path, kind: type[R]) -> R:
     try:
         return from_json(text, kind)
     except ValueError as error:
-        raise ValueError(f"{path}: expected a {getattr(kind, '__name__', kind)}; {error}.") from error
+        raise ValueError(f"{path}: expected a {getattr(kind, '__name__', kind)}; {str(error).rstrip('.')}.") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ def make_say(active: bool = True) -> Say:
 
 def tell(text: str) -> None:
     """A sentence on standard error, beside a bar."""
-    tqdm.write(f"rst_jax: {text}", file=sys.stderr)
+    tqdm.write(lines(f"rst_jax: {text}", sys.stderr.encoding), file=sys.stderr)
     sys.stderr.flush()
 
 

@@ -24,7 +24,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rst_jax.runtime import preemption
-from rst_jax.runtime.files import clear_temporary, guarded, make_folder, write_json
+from rst_jax.runtime.door import read_json
+from rst_jax.runtime.files import clear_temporary, guarded, make_folder, no_link, write_json
 from rst_jax.runtime.mesh import from_main, is_main, on_main
 from rst_jax.runtime.progress import tell
 from rst_jax.runtime.work import Failed
@@ -179,8 +180,8 @@ class Claim:
         if not path.exists():
             return None
         try:
-            return dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            return read_json(path, dict[str, Any])
+        except ValueError as error:
             raise ValueError(f"{path}: cannot be read ({error}); take a new {self.instead}.") from error
 
     def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -211,7 +212,7 @@ def in_use(folder: Path) -> bool:
 
 def _open(path: Path, flags: int) -> IO[str]:
     """The file itself: nothing that a link points to, and nothing is taken from it yet."""
-    return open(os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+" if flags & os.O_RDWR else "r")
+    return open(no_link(str(path), flags), "r+" if flags & os.O_RDWR else "r")
 
 
 def _lock(file: IO[str], kind: int) -> bool:
@@ -231,12 +232,15 @@ def _lock(file: IO[str], kind: int) -> bool:
     return True
 
 
-def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(nested: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of nested sections by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in nested.items():
-        section = isinstance(value, dict)
-        found |= dotted(value, f"{prefix}{name}.") if section else {f"{prefix}{name}": value}
+    found, left = dict[str, Any](), list(nested.items())
+    while left:
+        name, value = left.pop(0)
+        if isinstance(value, dict):
+            left[:0] = [(f"{name}.{inner}", each) for inner, each in value.items()]
+        else:
+            found[name] = value
     return found
 
 
@@ -251,4 +255,4 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return _short(value[0]) + ", ..." * (len(value) > 1) if value else "nothing"
     text = "nothing" if value is None else str(value)
-    return f"{text[:12]}..." if re.fullmatch("[0-9a-f]{64}", text) else text
+    return f"{text[:12]}..." if re.fullmatch("[0-9a-f]{64}", text) else text[:200]

@@ -32,7 +32,13 @@ class _Meta(Told):
 
 
 def save_ticket(ticket: Ticket, path: str | Path) -> None:
-    """Write the file; it appears whole or not at all."""
+    """Write the file; it appears whole or not at all.
+
+    Raises:
+      ValueError: it would not be read: its kind and its masks do not go together.
+    """
+    if bool(ticket.masks) == (ticket.kind == "dense"):
+        raise ValueError(f"a ticket of kind {ticket.kind!r} has {'no masks' if ticket.masks else 'masks'}.")
     meta = {
         "format": ticket.format,
         "model": ticket.model.to_dict(),
@@ -70,7 +76,7 @@ def load_ticket(path: str | Path) -> Ticket:
             ticket = _ticket(stored, meta, path.stat().st_size)
             check_finite(ticket)
         except (ValueError, TypeError, MemoryError) as error:
-            raise ValueError(f"{path}: this is not a readable ticket: {error}.") from error
+            raise ValueError(f"{path}: this is not a readable ticket: {str(error).rstrip('.')}.") from error
     try:
         return meta.check(ticket)
     except ValueError as error:

@@ -167,7 +167,9 @@ def _shapes(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple
 
 def _restore(folder: Path, about: _About, shapes: dict[str, tuple[int, ...]]) -> PyTree:
     """The arrays; that they fit is seen before any is read."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    if strange := [path for path in files if not path.is_file()]:  # a pipe would be waited for
+        raise ValueError(f"{strange[0]} is no ordinary file")
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         declared = dict(flat(handler.metadata(folder.absolute()).tree))
         size = sum(path.stat().st_size for path in files)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rst_jax.runtime.files import make_folder, read_lines, whole, write_text
+from rst_jax.runtime.files import make_folder, no_link, read_lines, whole, write_text
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:
@@ -82,7 +82,7 @@ class MetricsWriter:
             return
         make_folder(self.path.parent)
         row = {"run": run, "step": step, **values}
-        with self.path.open("a") as file:
+        with open(self.path, "a", opener=no_link) as file:
             file.write(json.dumps(row) + "\n")
         if self._events is not None:
             self._add(row, {})

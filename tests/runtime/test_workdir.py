@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import shutil
 
 import pytest
@@ -155,3 +156,23 @@ def test_nobody_who_writes_makes_a_removed_folder_again(write, tmp_path):
     with pytest.raises(Failed, match="removed"):
         work(folder, lambda: shutil.rmtree(folder), lambda: write(folder))
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("target", ["thesis", "nothing"])
+def test_a_lock_that_is_a_link_touches_nothing_that_it_points_to(tmp_path, target):
+    (tmp_path / "thesis").write_text("all of it")
+    folder = tmp_path / "w"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(tmp_path / target)
+    assert not in_use(folder)
+    with pytest.raises(ValueError, match="cannot be written"):
+        work(folder)
+    assert (tmp_path / "thesis").read_text() == "all of it"
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    assert not in_use(tmp_path)
+    with pytest.raises(ValueError, match="cannot be written"):
+        work(tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -183,6 +184,14 @@ def test_what_does_not_fit_is_refused_in_a_sentence_when_it_is_loaded(path, chan
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("kind", "masks"), [("dense", True), ("scratch", False)])
+def test_what_would_not_be_read_is_not_written(drawn, tmp_path, kind, masks):
+    ticket = dataclasses.replace(drawn[0], kind=kind, masks=drawn[0].masks if masks else {})
+    with pytest.raises(ValueError, match=f"a ticket of kind '{kind}' has"):
+        save_ticket(ticket, tmp_path / "b.ticket")
+    assert not (tmp_path / "b.ticket").exists()
+
+
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "", ".", "a/b", "a\x1b[0m"])
 def test_no_ticket_has_a_name_that_leaves_its_folder(name, drawn):
     with pytest.raises(ValueError, match="a ticket's name must be a plain word"):
@@ -238,6 +247,12 @@ def test_a_flipped_bit_in_a_checkpoint_of_tickets_is_found(checkpoint):
         assert now in ({}, digests)
         found += now == {}
     assert found >= 20
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(checkpoint):
+    os.mkfifo(checkpoint / "tickets" / "d" / "pipe")
+    with pytest.raises(ValueError, match="pipe is no ordinary file"):
+        restore_tickets(checkpoint)
 
 
 def test_a_checkpoint_of_an_earlier_version_keeps_its_digests(tmp_path):

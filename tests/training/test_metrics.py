@@ -1,6 +1,8 @@
 import json
 import shutil
 
+import pytest
+
 from rst_jax.runtime.files import read_lines
 from rst_jax.training.metrics import MetricsWriter, _events, means
 
@@ -86,3 +88,12 @@ def test_a_damaged_file_of_events_is_made_again(tmp_path):
         writer.close()
         (file,) = file.parent.iterdir()
         assert [point[:3] for point in points(file.parent)] == [("loss", 1, 1.0)]
+
+
+def test_metrics_that_are_a_link_are_written_nowhere_else(tmp_path):
+    (tmp_path / "profile").write_text("mine")
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "metrics.jsonl").symlink_to(tmp_path / "profile")
+    with pytest.raises(OSError, match="symbolic"):
+        MetricsWriter(tmp_path / "w").write("a", 1, {"loss": 0.5})
+    assert (tmp_path / "profile").read_text() == "mine"
