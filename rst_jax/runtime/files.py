@@ -20,8 +20,8 @@ from jaxtyping import PyTree
 
 from rst_jax.runtime.door import from_json, read_text, stored_arrays
 
-# What a killed process leaves: a file or folder of `whole` or `save_tickets`, or one of Orbax.
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}|\..+[.-](new|old)|.+\.orbax-checkpoint-tmp(-\d+)?")
+# What a killed process leaves: a file of `whole`, a folder of the tickets' or the runs' checkpoints, or one of Orbax.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}|\.tickets-(new|old)|\.removed-old|.+\.orbax-checkpoint-tmp(-\d+)?")
 _guards: list[tuple[Path, Callable[[], None]]] = []  # of folders that are held, each inside those before it
 
 
@@ -74,11 +74,11 @@ def clear_temporary(folder: Path) -> None:
     """
     for path in sorted(folder.iterdir()):
         inside = path.is_dir() and not path.is_symlink()
-        if _TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if _TEMPORARY.fullmatch(path.name):
                 shutil.rmtree(path) if inside else path.unlink()
-        elif inside and not (path / ".lock").exists():
-            clear_temporary(path)
+            elif inside and not (path / ".lock").exists():
+                clear_temporary(path)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -138,12 +138,12 @@ class Claim:
         """Whether the word stands in the folder; None where there is neither a word nor the record."""
         for name in (".lock", self.record):  # somebody may think that the lock was a left one
             try:
-                text = (self.folder / name).read_text()
+                content = (self.folder / name).read_bytes()
             except FileNotFoundError:
                 continue
             except OSError:  # a storage that fails for a moment says nothing
                 return True
-            return text == word or name != ".lock"
+            return content == word.encode() or name != ".lock"
         return None
 
     def _check(self, word: str) -> None:
@@ -173,7 +173,7 @@ class Claim:
 
     def _shows(self, word: str) -> bool:
         with contextlib.suppress(OSError):
-            return (self.folder / ".lock").read_text() == word
+            return (self.folder / ".lock").read_bytes() == word.encode()
         return False
 
     def _read(self, path: Path) -> dict[str, Any] | None:

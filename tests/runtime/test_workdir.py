@@ -119,8 +119,16 @@ def test_what_killed_processes_left_is_removed_and_nothing_that_another_holds(tm
         "checkpoints/.tickets-old/x",
         "checkpoints/a/latest/5.orbax-checkpoint-tmp/state/x",
         "checkpoints/.tickets-new.orbax-checkpoint-tmp/x",
+        "checkpoints/a/best/.removed-old/5/x",
     ]
-    kept = ["notes.0123456789ab", ".hidden", "checkpoints/a/latest/4/x", "point/.lock", "point/.x.0123456789ab"]
+    kept = [
+        "notes.0123456789ab",
+        ".hidden",
+        ".mine-old",
+        "checkpoints/a/latest/4/x",
+        "point/.lock",
+        "point/.x.0123456789ab",
+    ]
     with claim(tmp_path).held():
         for name in left + kept:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
