@@ -12,5 +12,16 @@ import tests.checking  # noqa: F401  (the hook finds it by name)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Of these rooms every call is checked against its annotations; the hook must come before they are imported.
-ROOMS = ("losses", "threat", "subnet", "initializers", "data.pipeline", "attacks.pgd", "training")
+ROOMS = (
+    "losses",
+    "threat",
+    "subnet",
+    "initializers",
+    "models",
+    "data.pipeline",
+    "attacks",
+    "training",
+    "planning",
+    "interop",
+)
 install_import_hook([f"rst_jax.{room}" for room in ROOMS], "tests.checking.checked")

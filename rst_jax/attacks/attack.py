@@ -72,14 +72,12 @@ class Found(NamedTuple):
         none, now = np.zeros(p.labels.shape, np.int32), margin(p.logits, p.labels)
         return cls(p.images, ~correct(p.logits, p.labels), now, none, none, none)
 
-    def seen(self, p: Problem, images: jax.Array, logits: jax.Array, gradient: jax.Array | None = None) -> "Found":
+    def seen(self, p: Problem, images: Array, logits: Array, gradient: Array | None = None) -> "Found":
         """After a pass over `images`, all within the threat model."""
         least = jnp.fmin(self.least, margin(logits, p.labels))  # what is not a number says nothing
         return self._replace(least=least).judged(p, images, logits, ~correct(logits, p.labels), gradient)
 
-    def judged(
-        self, p: Problem, images: jax.Array, logits: jax.Array, broken: jax.Array, gradient: jax.Array | None = None
-    ) -> "Found":
+    def judged(self, p: Problem, images: Array, logits: Array, broken: Array, gradient: Array | None = None) -> "Found":
         """As `seen`, where the caller says which images count."""
         flat = jnp.zeros_like(broken)
         if gradient is not None:

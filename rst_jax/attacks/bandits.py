@@ -89,7 +89,7 @@ class Bandits(Attack):
         found = s.found.seen(p, x, p.logits_fn(x))
         return BanditsState(found._replace(queries=found.queries + 2), x, after)
 
-    def _spread(self, prior: jax.Array, images: jax.Array) -> jax.Array:
+    def _spread(self, prior: Array, images: Array) -> jax.Array:
         """Every pixel takes the value of its tile (nearest): [N, H, W, C]."""
         rows, columns = (jnp.arange(n, dtype=jnp.int32) // self.tile for n in images.shape[1:3])
         return prior[:, rows][:, :, columns]

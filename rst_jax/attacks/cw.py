@@ -129,7 +129,7 @@ class CWL2(Attack):
         )
 
 
-def _place(threat: ThreatModel, images: jax.Array) -> jax.Array:
+def _place(threat: ThreatModel, images: Array) -> jax.Array:
     """The w of images in the box."""
     middle, half = (threat.upper + threat.lower) / 2, (threat.upper - threat.lower) / 2
     return jnp.arctanh((images - middle) / half * _INSIDE)

@@ -110,7 +110,7 @@ class FAB(Attack):
         return at(logits, nearest), gradient
 
 
-def to_hyperplane(threat: ThreatModel, x: jax.Array, normal: jax.Array, offset: jax.Array) -> jax.Array:
+def to_hyperplane(threat: ThreatModel, x: Array, normal: Array, offset: Array) -> jax.Array:
     """The smallest move, in the threat model's norm, that brings x onto <normal, x> = offset within the box.
 
     Every pixel goes the way that helps, by a common length (Linf) or in proportion to |normal| (L2), until it meets

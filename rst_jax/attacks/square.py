@@ -106,7 +106,7 @@ class Square(Attack):
         )
 
 
-def _window(corner: jax.Array, side: jax.Array, images: jax.Array) -> jax.Array:
+def _window(corner: Array, side: Array, images: Array) -> jax.Array:
     """Which pixels lie in the square at `corner`: bool [N, H, W, 1]."""
     inside = []
     for axis, length in enumerate(images.shape[1:3]):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ STANDING, WRONG = -1, -2  # in place of an attack's number
 SHOWN = 10  # adversarial images of a cascade that are always kept, to be looked at
 
 
+@runtime_checkable
 class Images(Protocol):
     """Images that no memory needs to hold: an array, or whatever reads those that it is asked for."""
 

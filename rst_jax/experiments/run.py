@@ -82,7 +82,8 @@ class Run:
         Raises:
           ValueError: says what to do.
         """
-        if {"evaluate", "transfer", "r2s", "cards"} & set(self.config.stages):
+        stages = set(self.config.stages)
+        if {"search", DENSE} & stages and {"evaluate", "transfer", "r2s", "cards"} & stages:
             self._see_drawn(self.config.stages)
         for ratio in self.config.remaining_ratios:
             subnet.kept_counts(self.variables["scores"], ratio)

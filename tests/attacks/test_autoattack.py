@@ -93,7 +93,7 @@ def apgd(run, faithful):
     t = traces()[f"apgd-{run}"]
     p = problem(f"apgd-{run}", norm, 2 if loss == "dlr-targeted" else None)
     attack = APGD(loss, rho=float(t["rho"]), faithful=faithful)
-    return t, attack, p, attack.start(p, jnp.asarray(t["noise"]))
+    return t, attack, p, attack.start(p, t["noise"])
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -204,9 +204,7 @@ def test_square_is_theirs_at_every_query(norm):
     lies = np.where(np.repeat(t["upright"][:, None, None], n, 1), 0.25, 0.75) if norm == "l2" else places[..., :0]
     sampled = np.pad(np.concatenate([signs, places, lies], -1), ((1, 0), (0, 0), (0, 0))).swapaxes(0, 1)
     sampled = jnp.asarray(sampled, jnp.float32)
-    last, every, seen = walk(
-        p, square, square.start(p, jnp.asarray(t["noise"])), sampled, functools.partial(advance, square)
-    )
+    last, every, seen = walk(p, square, square.start(p, t["noise"]), sampled, functools.partial(advance, square))
     np.testing.assert_allclose(every.best[0], t["start"], **TOLERANCE)
     np.testing.assert_allclose(every.margin[0], t["start_margin"], **TOLERANCE)
     accepted = np.max(np.abs(every.best[1:] - every.best[:-1]), axis=(2, 3, 4)) > 1e-12  # less is a proposal to stay

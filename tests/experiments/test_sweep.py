@@ -110,7 +110,7 @@ class StandIn:
         self.config, self.workdir, self.say = config, workdir, say
         self.claim = Claim(workdir, "config.json", config.to_dict(), f"workdir {workdir}", "run", "--workdir")
 
-    def check_init(self):
+    def check(self):
         if self.config.model == "none":
             raise ValueError("model must be one that exists.")
 

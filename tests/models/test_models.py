@@ -194,17 +194,17 @@ def test_batch_norm_is_pytorchs():
     x = np.random.default_rng(0).normal(2.0, 3.0, (4, 5, 6, 3)).astype(np.float32)
     theirs = torch.nn.BatchNorm2d(3, affine=False)
     ours = BatchNorm()
-    stats = ours.init(jax.random.key(0), x, train=False)
+    stats = ours.init(jax.random.key(0), jnp.asarray(x), train=False)
     for _ in range(3):
         expected = theirs(torch.tensor(x.transpose(0, 3, 1, 2))).numpy().transpose(0, 2, 3, 1)
-        got, stats = ours.apply(stats, x, train=True, mutable=["batch_stats"])
+        got, stats = ours.apply(stats, jnp.asarray(x), train=True, mutable=["batch_stats"])
         np.testing.assert_allclose(got, expected, atol=1e-5)
         x = x * 1.5 + 1
     np.testing.assert_allclose(stats["batch_stats"]["mean"], theirs.running_mean, rtol=1e-5)
     np.testing.assert_allclose(stats["batch_stats"]["var"], theirs.running_var, rtol=1e-5)
     theirs.eval()
     expected = theirs(torch.tensor(x.transpose(0, 3, 1, 2))).numpy().transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(ours.apply(stats, x, train=False), expected, atol=1e-4)
+    np.testing.assert_allclose(ours.apply(stats, jnp.asarray(x), train=False), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2)])
@@ -224,7 +224,7 @@ def test_convolution_padding_is_pytorchs(size, stride):
     expected = torch.nn.functional.conv2d(
         torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(kernel), stride=stride, padding=size // 2
     )
-    np.testing.assert_allclose(One().apply(params, x), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+    np.testing.assert_allclose(One().apply(params, jnp.asarray(x)), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
 
 
 def test_conv_nets_flatten_channels_first():
@@ -242,7 +242,7 @@ def test_conv_nets_flatten_channels_first():
     for name in ("linear_0", "linear_2", "linear_4"):
         y = y @ torch.tensor(params[name]["kernel"])
         y = y if name == "linear_4" else torch.relu(y)
-    np.testing.assert_allclose(model.apply({"params": params}, x), y.numpy(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(model.apply({"params": params}, jnp.asarray(x)), y.numpy(), rtol=1e-3, atol=1e-5)
 
 
 def test_init_variables_are_three_collections_that_follow_the_key():

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,7 +52,9 @@ def test_a_ticket_is_the_masked_module(drawn):
     masks = subnet.masks(v["scores"], subnet.kept_counts(v["scores"], 0.1))
     variables = {"params": subnet.apply_masks(v["params"], masks), "batch_stats": ticket.batch_stats}
     module = ModelSpec("resnet_digits", 10, (0.3,), (0.4,)).make()
-    np.testing.assert_allclose(ticket(IMAGES), module.apply(variables, IMAGES, train=False), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        ticket(IMAGES), module.apply(variables, jnp.asarray(IMAGES), train=False), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
