@@ -107,8 +107,7 @@ def _inside(
         others = ~np.isclose(far, moved[first:last], rtol=1e-4, atol=1e-7)
         if others.any():
             place = first + int(np.argmax(others))
-            raise ValueError(
-                f"{name}: that of example {ids[place]} is not the card's, which was moved by {moved[place]:g}."
-            )
+            told = f"the card's was moved by {moved[place]:g}"
+            raise ValueError(f"{name}: that of example {ids[place]} is another; {told} ({threat.norm}).")
         first = last
         yield images
