@@ -174,7 +174,7 @@ def from_dict(fields: Mapping[str, Any]) -> Config:
       ValueError: an unknown field (the nearest known one is named), a wrong type, or a value
         outside its range; the message says what was expected, what was got and what to do.
     """
-    return _build(Config, fields, "")
+    return _build(Config(), fields, "")
 
 
 def near(word: str, known: Iterable[str], instead: str = "") -> str:
@@ -208,19 +208,21 @@ def field_names() -> list[str]:
     return list(_fields())
 
 
-def _build(cls: Any, fields: Mapping[str, Any], prefix: str) -> Any:
+def _build(default: Any, fields: Mapping[str, Any], prefix: str) -> Any:
+    """A section (or all of them) with some fields laid over its defaults."""
     if not isinstance(fields, Mapping) and not hasattr(fields, "items"):
         raise ValueError(f"config: {prefix[:-1]!r} is a section; expected fields in it, got {fields!r}.")
-    known = {field.name: field.type for field in dataclasses.fields(cls)}
+    known = {field.name: field.type for field in dataclasses.fields(default)}
     values = {}
     for name in fields:
         if name not in known:
             raise ValueError(unknown_field(f"{prefix}{name}"))
         kind, value = known[name], fields[name]
         is_section = dataclasses.is_dataclass(kind)
-        values[name] = _build(kind, value, prefix + name + ".") if is_section else _cast(value, kind, prefix + name)
+        inside = getattr(default, name)
+        values[name] = _build(inside, value, f"{prefix}{name}.") if is_section else _cast(value, kind, prefix + name)
     try:
-        return cls(**values)
+        return dataclasses.replace(default, **values)
     except ValueError as error:  # a section of another room
         raise error if not prefix else ValueError(f"config: {prefix}{error}") from error
 

@@ -345,6 +345,79 @@ def npz(folder: Path) -> Kind:
     return [(path, (archive,))], read
 
 
+def lone(rng: np.random.Generator, content: bytes) -> bytes:
+    """An .npy file of another header or of other numbers."""
+    return npy(rng, np.load(io.BytesIO(content), allow_pickle=False))
+
+
+def npys(folder: Path) -> Kind:
+    from rst_jax.data import load_test
+
+    rng, path = np.random.default_rng(0), folder / "fog.npy"
+    np.save(path, rng.integers(256, size=(20, 4, 4, 3), dtype=np.uint8))
+    np.save(folder / "labels.npy", np.arange(20, dtype=np.uint8) % 4)
+
+    def read(_: Path) -> None:
+        images, labels, ids = load_test("npz", "", str(path)).batch()
+        assert images.ndim == 4
+        assert len(images) == len(labels) == len(ids)
+        assert labels.min() >= 0
+
+    return [(path, (lone, lone, flipped)), (folder / "labels.npy", (lone, lone, flipped))], read
+
+
+def prepared(folder: Path) -> Kind:
+    import tensorflow_datasets as tfds
+
+    from rst_jax.data.prepared import Prepared
+
+    class Little(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = folder
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            image = tfds.features.Tensor(shape=(4, 4, 3), dtype=np.uint8)
+            features = {"image": image, "label": tfds.features.ClassLabel(names=["cat", "dog"])}
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, _: object) -> dict:
+            return {"test": ((i, {"image": np.full((4, 4, 3), i, np.uint8), "label": i % 2}) for i in range(20))}
+
+        def _generate_examples(self) -> None:
+            """TFDS asks for one."""
+
+    options = tfds.download.DownloadConfig(num_shards=2)
+    Little(data_dir=folder, file_format="array_record").download_and_prepare(download_config=options)
+    there = [path for path in (folder / "little" / "1.0.0").iterdir() if path.is_file()]
+
+    def read(_: Path) -> None:
+        images, labels = Prepared("little", folder).examples("test")
+        assert images.shape == (len(labels), 4, 4, 3)
+        assert set(labels) <= {0, 1}
+
+    return [(path, (text, flipped) if path.suffix == ".json" else (flipped,)) for path in there], read
+
+
+def replayed(folder: Path) -> Kind:
+    import rst_jax
+
+    rng = np.random.default_rng(0)
+    weights, images = rng.normal(size=(16, 3)).astype(np.float32), rng.random((9, 4, 4, 1), np.float32)
+
+    def network(x: np.ndarray) -> np.ndarray:
+        return (x.reshape(x.shape[0], -1) - 0.5) @ weights
+
+    options = {"folder": folder, "keep_images": True}
+    rst_jax.evaluate(network, images, np.argmax(network(images), -1), rst_jax.ThreatModel(0.1), "fgsm", **options)
+    own = set(rst_jax.replay(network, folder).values())
+
+    def read(_: Path) -> None:
+        assert set(rst_jax.replay(network, folder).values()) <= own, "figures of other images"
+
+    arrays = [(folder / name, (archive,)) for name in ("adversarials.npz", "examples.npz")]
+    return [*arrays, (folder / "card.json", (text,))], read
+
+
 def pth(folder: Path) -> Kind:
     import jax
     import torch
@@ -370,7 +443,7 @@ def pth(folder: Path) -> Kind:
     return [(folder / "a.pth", (archive,)), (folder / "a.pth", (archive,)), (folder / "old.pth", (flipped,))], read
 
 
-KINDS = {f.__name__: f for f in (tickets, checkpoints, cards, records, npz, pth)}
+KINDS = {f.__name__: f for f in (tickets, checkpoints, cards, records, npz, npys, prepared, replayed, pth)}
 
 
 class Slow(BaseException):

@@ -73,8 +73,8 @@ def _array(path: Path) -> np.ndarray:
         raise ValueError(f"config: data_path must name an .npz or .npy file; there is none at {path}.")
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: not a readable file of an array ({error}).") from error
+    except Exception as error:  # of a dozen kinds
+        raise ValueError(f"{path}: not a readable file of an array ({' '.join(str(error).split())}).") from error
 
 
 def _examples(path: Path, found: dict[str, np.ndarray], part: str) -> Examples:

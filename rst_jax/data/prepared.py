@@ -108,10 +108,15 @@ class Prepared:
         if part not in splits:
             hint = " Without one it can be evaluated on, and not trained on." if part == "train" else ""
             raise ValueError(f"{self.folder}: there is no split {part}; there are {', '.join(splits)}.{hint}")
-        source = self._builder.as_data_source(part, decoders=decoders, file_format="array_record")
-        files = splits[part].file_instructions
-        shards, ends = [Path(each.filename) for each in files], np.cumsum([each.examples_in_shard for each in files])
-        if missing := [shard.name for shard in shards if not shard.is_file()]:
+        try:
+            source = self._builder.as_data_source(part, decoders=decoders, file_format="array_record")
+            files = splits[part].file_instructions
+            ends = np.cumsum([each.examples_in_shard for each in files])
+            shards = [Path(each.filename) for each in files]
+            missing = [shard.name for shard in shards if not shard.is_file()]
+        except Exception as error:  # what describes it is not right
+            raise ValueError(f"{self.folder}: cannot be read ({_told(error)}). {self._again()}") from error
+        if missing:
             raise ValueError(f"{self.folder}: {', '.join(missing[:3])} missing. {self._again()}")
 
         def read(places: Sequence[int]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from rst_jax.evaluation.question import check_images
 from rst_jax.losses import correct
 from rst_jax.records import CardRecord
 from rst_jax.reports.card import load_card
-from rst_jax.runtime.files import Pieces, arrays_in_pieces, digest
+from rst_jax.runtime.files import Pieces, arrays_in_pieces, digest, read_arrays
 from rst_jax.runtime.paths import local_path
 from rst_jax.threat import ThreatModel
 
@@ -27,7 +27,7 @@ def replay(logits_fn: LogitsFn, folder: str | Path) -> dict[str, tuple[float, in
 
     Raises:
       ValueError: the card kept no images, the classifier takes others, or they are not the card's: other clean images
-        or labels than it was made with, or adversarial ones that are not in its ball and box.
+        or labels than it was made with, or adversarial ones that are not in its ball and box or were moved otherwise.
     """
     path = local_path(folder) / "adversarials.npz"
     if not path.exists():
@@ -41,13 +41,15 @@ def replay(logits_fn: LogitsFn, folder: str | Path) -> dict[str, tuple[float, in
     programs, right = make_programs(classifier, _AT_ONCE), dict[str, tuple[float, int]]()
     with arrays_in_pieces(path, _AT_ONCE) as arrays:
         right["clean"] = _clean(path, card, programs, classifier, arrays["clean"], labels, ids)
+    told = read_arrays(path.parent / "examples.npz")
     for row in card.rows:
         name, threat = f"{row.name}/{row.norm}", ThreatModel(row.eps, row.norm, *card.box)
+        moved = told.get(f"{row.name}/distance", np.zeros(0))
+        if moved.shape != (row.robust.n,) or moved.dtype.kind != "f":
+            raise ValueError(f"{path.parent / 'examples.npz'}: it lacks how far {row.name} moved each image.")
         with arrays_in_pieces(path, _AT_ONCE) as arrays:
-            said = [
-                programs.logits(classifier, images, card.n)
-                for images in _inside(f"{path}: {name}", threat, arrays[name], arrays["clean"], ids)
-            ]
+            pieces = _inside(f"{path}: {name}", threat, arrays[name], arrays["clean"], moved, ids)
+            said = [programs.logits(classifier, images, card.n) for images in pieces]
         right[name] = float(correct(np.concatenate(said), labels[: row.robust.n]).mean()), row.robust.n
     return right
 
@@ -90,13 +92,22 @@ def _clean(
     return float(correct(logits, whole_labels(labels, "labels", card.n, logits.shape[-1])).mean()), card.n
 
 
-def _inside(name: str, threat: ThreatModel, found: Pieces, clean: Pieces, ids: np.ndarray) -> Iterator[np.ndarray]:
-    """Adversarial images, piece by piece, none of which has left ball or box."""
+def _inside(
+    name: str, threat: ThreatModel, found: Pieces, clean: Pieces, moved: np.ndarray, ids: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Adversarial images, piece by piece: none has left ball or box, and each was moved as far as the card says."""
     first = 0
     for images, whole in zip(found, clean, strict=False):  # of the first examples alone, perhaps
-        outside = violations(threat, images, whole[: len(images)])
+        rows, last = whole[: len(images)], first + len(images)
+        outside = violations(threat, images, rows)
         if outside.any():
             where = f"eps {threat.eps:g} of the clean image ({threat.norm}) and in [{threat.lower:g}, {threat.upper:g}]"
             raise ValueError(f"{name}: that of example {ids[first + int(np.argmax(outside))]} is not within {where}.")
-        first += len(images)
+        far = threat.distance(images.astype(np.float64), rows.astype(np.float64))
+        others = ~np.isclose(far, moved[first:last], rtol=1e-4, atol=1e-7)
+        if others.any():
+            place = first + int(np.argmax(others))
+            told = f"the card's was moved by {moved[place]:g}"
+            raise ValueError(f"{name}: that of example {ids[place]} is another; {told} ({threat.norm}).")
+        first = last
         yield images

@@ -1,6 +1,7 @@
 """The one parser: values by their fields' types, numbers and fractions, config files and what is laid over them."""
 
 import argparse
+import dataclasses
 import os
 
 import pytest
@@ -160,6 +161,13 @@ def test_fields_that_are_none_are_a_sentence(tmp_path, text):
         load(write(tmp_path, f"def get_config(): return {text}"), {}).config()
     with pytest.raises(ValueError, match="config: there is no field 1"):
         load(write(tmp_path, f"{FINE}def smoke(): return {{1: 2}}") + ":smoke", {}).config()
+
+
+def test_a_section_of_which_a_file_sets_one_field_keeps_the_others(tmp_path):
+    text = "def get_config(): return {'threat': {'norm': 'l2'}, 'optimizer': {'momentum': 0.5}}"
+    config = load(write(tmp_path, text), {}).config()
+    assert config.threat == dataclasses.replace(Config().threat, norm="l2")
+    assert config.optimizer == dataclasses.replace(Config().optimizer, momentum=0.5)
 
 
 def test_a_mistake_in_what_a_file_imports_is_named_there(tmp_path):

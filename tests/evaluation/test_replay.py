@@ -21,7 +21,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def copy(made, tmp_path):
-    for name in ("card.json", "adversarials.npz"):
+    for name in ("card.json", "adversarials.npz", "examples.npz"):
         shutil.copy(made[1] / name, tmp_path / name)
     return tmp_path
 
@@ -64,6 +64,7 @@ def test_its_own_images_give_its_own_figures(made):
         (ROW, lambda a: a.astype(np.float64), "got float64"),
         (ROW, lambda a: (a * 255).astype(np.uint8), "got uint8"),
         (ROW, lambda a: None, "lacks 'PGD-20 eps/4/linf'"),
+        (ROW, lambda a: np.concatenate([IMAGES] * 3), "is another; the card's was moved by 0.025"),
         ("noise/linf", lambda a: 1 - a, "noise/linf: that of example 0"),
         ("clean", lambda a: a + np.float32(0.001), "clean images, labels or ids are not those"),
         ("clean", at((3, 0, 0, 0), np.nan), r"images must lie in \[0, 1\]"),
@@ -93,6 +94,14 @@ def test_a_card_that_is_not_there_or_of_another_box_has_no_figure(copy):
         rst_jax.replay(network, copy)
     card.unlink()
     with pytest.raises(ValueError, match="there is no card"):
+        rst_jax.replay(network, copy)
+
+
+def test_rows_in_the_place_of_others_have_no_figure(copy):
+    other = read_arrays(copy / "adversarials.npz")
+    change(copy, ROW, lambda a: other["noise/linf"])
+    change(copy, "noise/linf", lambda a: other[ROW])
+    with pytest.raises(ValueError, match=r"PGD-20 eps/4/linf: that of example \d+ is another; the card's"):
         rst_jax.replay(network, copy)
 
 
