@@ -305,7 +305,7 @@ def test_another_configuration_on_the_workdir_is_refused(finished, capsys, monke
         (["--config=configs/digits.py", "--coordinator=localhost:1", "--num_processes=0"], "must be at least 1"),
         (
             ["--config=configs/digits.py", "--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
-            "--process_id must be below --num_processes=2; got 2",
+            "--process_id must lie in 0 to --num_processes - 1; got 2",
         ),
         (["--config=configs/digits.py", "--workdir", "--config.epochs=1"], "--workdir: expected one argument"),
         (["--config=configs/digits.py", "--config.threat.eps=1/0"], "a fraction such as 8/255; got '1/0'"),

@@ -53,8 +53,6 @@ def read(arguments: Sequence[str]) -> Asked:
     add("--num_processes", type=within(Positive), metavar="N", help="how many processes")
     add("--process_id", type=within(Count), metavar="I", help="which of them this is")
     o = parser.parse(arguments)
-    if o.process_id is not None and o.num_processes is not None and o.process_id >= o.num_processes:
-        raise ValueError(f"--process_id must be below --num_processes={o.num_processes}; got {o.process_id}.")
     file = config_file(o)
     if sweep_index(o) is not None and file.points is None:
         raise ValueError(f"{file.path} defines no sweep(), of which --config.sweep_index would take a point.")
