@@ -272,6 +272,31 @@ def checkpoints(folder: Path) -> Kind:
     )
 
 
+def trainings(folder: Path) -> Kind:
+    import jax
+    import jax.numpy as jnp
+
+    from rst_jax.records import digest
+    from rst_jax.training.checkpoint import RunCheckpoints
+    from rst_jax.training.state import TicketState
+
+    tree = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(40, 5)), jnp.float32)}
+    state = TicketState(jnp.int32(2), tree, tree, {}, (tree, jnp.int32(2)))
+    store = RunCheckpoints(folder / "run")
+    progress = {"best_step": 2, "best_natural": 0.5, "pending": [{"loss": 1.5}]}
+    store.save_best(state)
+    store.save_latest(state, progress)
+    files = [(path, (flipped,)) for path in (folder / "run").rglob("*") if path.is_file()]
+    told = next(path for path, _ in files if path.parent.name == "progress" and path.name == "metadata")
+
+    def read(_: Path) -> None:
+        found, kept = store.restore_latest(state)
+        assert kept == progress, kept
+        assert digest(jax.device_get(found)) == digest(jax.device_get(state))
+
+    return [*files, *[(told, (text,))] * (len(files) // 4)], read
+
+
 def unpacked(name: str, folder: Path) -> Path:
     import tarfile
 
@@ -443,7 +468,7 @@ def pth(folder: Path) -> Kind:
     return [(folder / "a.pth", (archive,)), (folder / "a.pth", (archive,)), (folder / "old.pth", (flipped,))], read
 
 
-KINDS = {f.__name__: f for f in (tickets, checkpoints, cards, records, npz, npys, prepared, replayed, pth)}
+KINDS = {f.__name__: f for f in (tickets, checkpoints, trainings, cards, records, npz, npys, prepared, replayed, pth)}
 
 
 class Slow(BaseException):

@@ -5,12 +5,14 @@ renames, so a kill leaves the checkpoint before.
 """
 
 import contextlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
@@ -21,7 +23,7 @@ from rst_jax.runtime.progress import Say
 from rst_jax.runtime.work import cause
 from rst_jax.training.state import TicketState
 
-_DIGEST = "digest"  # of the state, beside the progress
+_DIGEST = "digest"  # of the state and the progress, in another file than either
 # Kept: one behind the latest; of the best those that these speak of, and one more, as a kill may come after a new one
 # is saved and before the latest that speaks of it.
 _LATEST, _BEST = 2, 3
@@ -55,19 +57,17 @@ class RunCheckpoints:
         step = int(state.step)
         if step == self._latest.latest_step():
             return
-        told = {**progress, _DIGEST: digest(fetch(state))}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(told))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         with _writing(self.directory / "latest"):
-            self._latest.save(step, args=args)
+            self._latest.save(step, args=args, custom_metadata={_DIGEST: _digest(state, progress)})
         self._clear()
 
-    def save_best(self, state: TicketState) -> str:
-        """Save the state as the best so far; its digest, which the progress keeps."""
-        step = int(state.step)
+    def save_best(self, state: TicketState) -> None:
+        """Save the state as the best so far."""
+        step, args = int(state.step), ocp.args.Composite(state=ocp.args.StandardSave(state))
         with _writing(self.directory / "best"):
-            self._best.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)), force=True)
+            self._best.save(step, args=args, custom_metadata={_DIGEST: _digest(state)}, force=True)
         self._clear()
-        return digest(fetch(state))
 
     def restore_latest(self, like: TicketState) -> tuple[TicketState, dict[str, Any]] | None:
         """The latest state that is as it was saved, as is the best it speaks of; None when there is none.
@@ -106,13 +106,14 @@ class RunCheckpoints:
         with _reading(self.directory / "latest" / str(step)):
             restored = self._latest.restore(step, args=args)
             progress = dict(restored.progress)
-            _compare(restored.state, progress.pop(_DIGEST, ""))
-        if (best := progress.get("best_step", -1)) >= 0:
-            self.restore_best(like, best, progress.get("best_digest", ""))
+            _compare(self._latest, step, restored.state, progress)
+            best = int(progress.get("best_step", -1))
+        if best >= 0:
+            self.restore_best(like, best)
         return restored.state, progress
 
-    def restore_best(self, like: TicketState, step: int, saved: str = "") -> TicketState:
-        """The best state, saved at `step` with this digest ("" where an older version told none).
+    def restore_best(self, like: TicketState, step: int) -> TicketState:
+        """The best state, saved at `step`.
 
         Raises:
           ValueError: it is not what was saved; its folder is named. (Going on from `restore_latest` makes it again.)
@@ -120,7 +121,7 @@ class RunCheckpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
         with _reading(self.directory / "best" / str(step)):
             state = self._best.restore(step, args=args).state
-            _compare(state, saved)
+            _compare(self._best, step, state)
         return state
 
     def _clear(self) -> None:
@@ -155,8 +156,17 @@ def _writing(folder: Path) -> Iterator[None]:
         raise OSError(f"{folder}: the checkpoint could not be written ({cause(error)}).") from error
 
 
-def _compare(state: TicketState, saved: str) -> None:
-    if saved and digest(fetch(state)) != saved:
+def _digest(state: TicketState, progress: Mapping[str, Any] | None = None) -> str:
+    told = np.frombuffer(json.dumps(progress, sort_keys=True).encode(), np.uint8)
+    return digest(fetch(state), {"progress": told} if progress is not None else {})
+
+
+def _compare(
+    manager: ocp.CheckpointManager, step: int, state: TicketState, progress: Mapping[str, Any] | None = None
+) -> None:
+    """See that it is what was saved; version 0.4.0 and those before told no digest."""
+    saved = (manager.metadata(step).custom_metadata or {}).get(_DIGEST)
+    if saved is not None and _digest(state, progress) != saved:
         raise ValueError("it is not what was saved: its digest is another")
 
 

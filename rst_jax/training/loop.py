@@ -173,7 +173,7 @@ class Trainer:
                 if at.step < total and preemption.asked():
                     self._save(at, checkpoints)
                     raise preemption.Preempted
-            best = checkpoints.restore_best(at.state, at.kept["best_step"], at.kept.get("best_digest", ""))
+            best = checkpoints.restore_best(at.state, at.kept["best_step"])
         return Best(best, at.kept["best_epoch"], at.kept["best_natural"], at.kept["best_robust"])
 
     def _place(self, job: Job, variables: dict[str, PyTree], checkpoints: RunCheckpoints) -> "_Place":
@@ -206,7 +206,7 @@ class Trainer:
             improved = robust > at.kept["best_robust"]
             if improved:
                 at.kept.update(best_step=at.step, best_epoch=done, best_natural=natural, best_robust=robust)
-                at.kept["best_digest"] = checkpoints.save_best(at.state)
+                checkpoints.save_best(at.state)
         if last or improved or done % c.checkpoint_every_epochs == 0:
             self._save(at, checkpoints)
 
