@@ -281,7 +281,7 @@ def trainings(folder: Path) -> Kind:
     from rst_jax.training.state import TicketState
 
     tree = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(40, 5)), jnp.float32)}
-    state = TicketState(jnp.int32(2), tree, tree, {}, (tree, jnp.int32(2)))
+    state = TicketState(jnp.int32(2), tree, {}, {}, ())
     store = RunCheckpoints(folder / "run")
     progress = {"best_step": 2, "best_natural": 0.5, "pending": [{"loss": 1.5}]}
     store.save_best(state)
