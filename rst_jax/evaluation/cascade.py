@@ -133,7 +133,7 @@ def _fits(done: dict[str, np.ndarray], n: int) -> bool:
     """Whether a file holds what a batch of n examples finds."""
     if not _OF_EACH | {"adversarial", "unverified", "not_finite"} <= done.keys():
         return False
-    rows = [done[name].shape == (n,) for name in _OF_EACH]
+    rows = [done[name].shape == (n,) for name in _OF_EACH | ({"failed"} & done.keys())]
     return all(rows) and done["held"].dtype == bool and len(done["adversarial"]) == done["held"].sum()
 
 

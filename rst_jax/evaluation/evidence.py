@@ -187,7 +187,8 @@ class Evidence:
             np.add.at(getattr(self, name), index, done[name])
         for name in ("least", "closest"):
             np.fmin.at(getattr(self, name), index, done[name])
-        self.failed[index] |= done.get("failed", False)  # batches of version 0.3 do not tell
+        failed = done.get("failed", np.zeros(len(index), bool))  # batches of version 0.3 do not tell
+        self.failed[index[failed]] = True  # an example may be there in several rounds
         held = np.flatnonzero(done["held"])
         broken, first = np.unique(index[held], return_index=True)
         new = self.standing[broken]
