@@ -576,3 +576,17 @@ def test_what_version_0_3_left_of_a_cascade_is_taken(whole, tmp_path, monkeypatc
     assert not seen
     same(whole, found)
     np.testing.assert_array_equal(found.kept, whole.kept[:SHOWN])
+
+
+def test_a_failure_in_any_round_of_an_example_is_kept():
+    e = examples(np.asarray(apply(WEIGHTS, IMAGES)))
+    found = Evidence.none(e, 1)
+    index = np.array([1, 1, 2])
+    n, image = len(index), IMAGES.shape[1:]
+    zero = np.zeros(n, np.float32)
+    done = dict.fromkeys(("margin", "distance", "least", "closest"), zero)
+    done |= dict.fromkeys(("queries", "gradients", "flat", "target", "prediction"), np.zeros(n, np.int32))
+    done |= {"held": np.zeros(n, bool), "adversarial": np.zeros((0, *image), np.float32)}
+    done |= {"failed": np.array([True, False, False]), "unverified": np.int32(0), "not_finite": np.int32(0)}
+    found.enter(0, np.array([0, 1, 0]), index, done)
+    assert found.failed.nonzero()[0].tolist() == [1]
