@@ -23,7 +23,7 @@ from rst_jax.losses import correct, margin
 from rst_jax.runtime.mesh import fetch, make_tree, replicate
 from rst_jax.threat import ThreatModel, pixels
 
-_LOOKS = 10  # times a round that the host looks whether all examples are broken
+_LOOKS = 10  # times a round that the host looks whether all examples are broken; of a toy it looks once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Attacker:
       key: key data uint32 [2]; the randomness of an example follows from its id, the attack and the round.
 
     Attributes:
+      toy: see `Programs.toy`; a toy is asked for in one call a round, and its batches all have the largest size.
       sizes: of batches, in ascending order.
       seconds: spent in each attack, compilation and verification included.
     """
@@ -72,7 +73,8 @@ class Attacker:
     def __init__(self, programs: Programs, classifier: Classifier, examples: Examples, key: np.ndarray):
         self.programs, self.classifier, self.examples = programs, programs.placed(classifier), examples
         self.mesh, self.key = programs.mesh, np.asarray(key, np.uint32)
-        self.sizes = programs.sizes(len(examples))
+        self.toy = programs.toy(self.classifier.apply, self.classifier.variables, examples.image_shape)
+        self.sizes = programs.sizes(len(examples))[-1 if self.toy else 0 :]
         self.seconds: dict[str, float] = {}
         self._numbers: dict[int, jax.Array] = {}
 
@@ -128,7 +130,7 @@ class Attacker:
         self, attack: Attack, go_on: Callable, state: PyTree, n: int, tick: Callable[[int], None], one_by_one: bool
     ) -> PyTree:
         """The state after a round on placed rows, the first n of which are real; stops when all of these are broken."""
-        i, look = self._number(0), -(-attack.passes // _LOOKS)
+        i, look = self._number(0), -(-attack.passes // (1 if self.toy else _LOOKS))
         for first in range(0, attack.passes, look):
             if first and attack.rests and fetch(state.found.broken)[:n].all():
                 break

@@ -1,15 +1,23 @@
 """The cascades that a card may have, by name. A new attack is a file in `attacks/` and a line in `ATTACKS`."""
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from rst_jax.attacks import APGD, CWL2, FAB, MIM, PGD, Attack, Bandits, Noise, Square, autoattack
+from rst_jax.attacks import APGD, PGD, Attack, Bandits, Square, autoattack
 from rst_jax.config import PGDSettings, near
 from rst_jax.evaluation.cascade import Cascade
 from rst_jax.threat import ThreatModel
 
 _SWEPT = 250  # examples of the sweep over eps, and of CW-L2
+_Made = Callable[[ThreatModel, bool], tuple[Attack, ...]]
+
+
+def _of(place: str, **settings: object) -> _Made:
+    """The attack `file.Class` of `rst_jax/attacks/`, looked up when it is asked for."""
+    module, _, name = place.partition(".")
+    return lambda *_: (getattr(importlib.import_module(f"rst_jax.attacks.{module}"), name)(**settings),)
 
 
 def _pgd(title: str, threat: ThreatModel, steps: int, of_eps: float, **settings: object) -> tuple[Attack, ...]:
@@ -18,23 +26,23 @@ def _pgd(title: str, threat: ThreatModel, steps: int, of_eps: float, **settings:
 
 
 # From the threat model, and whether to be faithful to the published attacks' quirks.
-ATTACKS: dict[str, Callable[[ThreatModel, bool], tuple[Attack, ...]]] = {
+ATTACKS: dict[str, _Made] = {
     "autoattack": lambda _, faithful: autoattack(faithful),
     "fgsm": lambda threat, _: _pgd("FGSM", threat, 1, 1.0, random_start=False),
     "fgsm-rs": lambda threat, _: _pgd("FGSM-RS", threat, 1, 1.25),
     "pgd-20": lambda threat, _: _pgd("PGD-20 eps/4", threat, 20, 0.25),
     "pgd-100x10": lambda threat, _: _pgd("PGD-100 eps/40", threat, 100, 0.025, restarts=10),
     "cw-linf": lambda threat, _: _pgd("CW-Linf", threat, 100, 0.025, loss="margin"),
-    "mim": lambda *_: (MIM(),),
+    "mim": _of("mim.MIM"),
     "apgd-ce": lambda _, faithful: (APGD("ce", faithful=faithful),),
     "apgd-dlr": lambda _, faithful: (APGD("dlr", faithful=faithful),),
     "apgd-t": lambda _, faithful: (APGD("dlr-targeted", rounds=9, faithful=faithful),),
-    "fab": lambda *_: (FAB(targeted=False, rounds=1),),
-    "fab-t": lambda *_: (FAB(),),
+    "fab": _of("fab.FAB", targeted=False, rounds=1),
+    "fab-t": _of("fab.FAB"),
     "square": lambda _, faithful: (Square(faithful=faithful),),
-    "cw-l2": lambda *_: (CWL2(),),
+    "cw-l2": _of("cw.CWL2"),
     "bandits": lambda threat, _: (Bandits(step_size=0.1 * float(threat.eps)),),
-    "noise": lambda *_: (Noise(),),
+    "noise": _of("noise.Noise"),
 }
 FULL = ("fgsm", "fgsm-rs", "pgd-20", "pgd-100x10", "cw-linf", "mim", "autoattack", "autoattack-l2", "cw-l2", "square")
 _TITLES = {"autoattack": "AutoAttack", "autoattack-l2": "AutoAttack L2", "pgd-100x10": "PGD-100x10"}

@@ -170,12 +170,34 @@ def test_sizes_are_no_larger_than_there_are_examples(monkeypatch):
     """A batch size of 20,000 on 29 images costs what one of 29 does, verification included."""
     seen, programs = met(monkeypatch), fresh(20_000)
     placed, place = [], programs.place
+    monkeypatch.setattr(programs, "toy", lambda *_: False)
     monkeypatch.setattr(programs, "place", lambda rows, size: placed.append(size) or place(rows, size))
     attacks = (*CASCADE, APGD(steps=3, rounds=30, near=0.9))
     evidence(programs=programs, cascade=Cascade("all", attacks, ThreatModel(0.06)))
     assert max(size for _, _, size in seen) == 29
     assert max(placed) == 29
     assert all(n <= size < max(2 * n, 3) for _, n, size in seen)
+
+
+def test_a_toy_is_asked_for_in_one_size_and_one_call_a_round(monkeypatch):
+    seen, found = met(monkeypatch), {}
+    for toy in (True, False):
+        seen.clear()
+        calls, programs = [], fresh(16)
+        assert programs.toy(NETWORK.apply, NETWORK.variables, IMAGES.shape[1:])
+        monkeypatch.setattr(programs, "toy", lambda *_, toy=toy: toy)
+        plain = programs.attack
+        monkeypatch.setattr(programs, "attack", lambda *a, plain=plain, calls=calls: counting(plain(*a), calls))
+        found[toy] = evidence(programs=programs)
+        sizes = {size for _, _, size in seen}
+        assert (sizes == {programs.sizes(N)[-1]}) == toy
+        assert (len(calls) == len(seen)) == toy
+    for name, value in vars(found[True]).items():
+        np.testing.assert_array_equal(value, getattr(found[False], name), err_msg=name)
+
+
+def counting(go_on, calls):
+    return lambda *a: calls.append(1) or go_on(*a)
 
 
 def wide(variables, images):
@@ -247,13 +269,9 @@ def test_claims_are_judged_at_a_batch_size_that_no_attack_runs_at(size, devices)
 def test_a_batch_that_is_broken_ends_early(one_by_one, monkeypatch):
     programs, calls = fresh(), []
     monkeypatch.setattr(programs, "one_by_one", lambda *_: one_by_one)
+    monkeypatch.setattr(programs, "toy", lambda *_: False)
     plain = programs.attack
-
-    def counted(*arguments):
-        go_on = plain(*arguments)
-        return lambda *a: calls.append(1) or go_on(*a)
-
-    monkeypatch.setattr(programs, "attack", counted)
+    monkeypatch.setattr(programs, "attack", lambda *a: counting(plain(*a), calls))
     for eps, ends_early in ((1.0, True), (0.01, False)):
         calls.clear()
         found = evidence(programs=programs, cascade=Cascade("one", (APGD(steps=99),), ThreatModel(eps)))
