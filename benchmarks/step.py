@@ -121,7 +121,7 @@ class Ours:
         v = init_variables(self.model, images.shape[1:], jax.random.key(0))
         ids = jnp.arange(len(labels), dtype=jnp.int32)
         state = TicketState(jnp.int32(0), v["params"], v["scores"], v["batch_stats"], self.sgd.init(v["scores"]))
-        data = Images(jnp.asarray(images), jnp.asarray(labels), ids, levels=255)
+        data = Images.of(jnp.asarray(images), jnp.asarray(labels), ids, levels=255)
         kept = subnet.kept_counts(v["scores"], o.ratio)
         self.state, self.data, self.kept, self.order = replicate((state, data, kept, ids), self.mesh)
         self.key: Any = np.asarray(jax.random.key_data(jax.random.key(1)))

@@ -66,29 +66,28 @@ def kept_counts(scores: PyTree, remaining_ratio: float) -> PyTree:
     return jax.tree_util.tree_map_with_path(count, scores)
 
 
-def _counts(*conditions: Bool[jax.Array, "*scores"]) -> Sequence[Int[jax.Array, ""]]:
+def _counts(conditions: Sequence[Bool[jax.Array, "*scores"]]) -> Int[jax.Array, " conditions"]:
     """How often each of several conditions of one shape holds, in one reduction."""
     ones = tuple(condition.astype(jnp.int32) for condition in conditions)
     zeros = tuple(jnp.zeros((), jnp.int32) for _ in conditions)
-    return lax.reduce(ones, zeros, lambda a, b: tuple(map(jnp.add, a, b)), tuple(range(ones[0].ndim)))
+    return jnp.stack(lax.reduce(ones, zeros, lambda a, b: tuple(map(jnp.add, a, b)), tuple(range(ones[0].ndim))))
 
 
-def _kth_largest(keys: jax.Array, k: jax.Array, bits: int) -> jax.Array:
-    """The largest t with at least k keys >= t, found four bits at a time, without a sort.
+def _kth_largest(keys: Callable[[], list[jax.Array]], k: Int[jax.Array, " layers"], bits: int) -> jax.Array:
+    """Of each layer the largest t with at least k keys >= t, found four bits at a time, without a sort: [layers].
 
     Each pass counts the keys above fifteen candidates in one reduction, about as fast as a sum for one, so that the
-    keys are read a quarter as often.
+    keys are read a quarter as often. `keys` are made anew in every pass, so that none lie in memory.
     """
-    passes = -(-bits // 4)
+    kind, passes = keys()[0].dtype, -(-bits // 4)
 
     def settle(i: jax.Array, t: jax.Array) -> jax.Array:
-        shift = (4 * (passes - 1 - i)).astype(keys.dtype)
-        digits = (jnp.asarray(d, keys.dtype) << shift for d in range(1, 16))
-        counts = _counts(*(keys >= (t | d) for d in digits))
-        digit = sum((n >= k).astype(keys.dtype) for n in counts)
-        return t | (digit << shift)
+        shift = (4 * (passes - 1 - i)).astype(kind)
+        tried = t | (jnp.arange(1, 16, dtype=kind)[:, None] << shift)
+        counts = [_counts([layer >= tried[d, place] for d in range(15)]) for place, layer in enumerate(keys())]
+        return t | (jnp.sum(jnp.stack(counts, 1) >= k, 0, dtype=kind) << shift)
 
-    return lax.fori_loop(0, passes, settle, jnp.zeros((), keys.dtype))
+    return lax.fori_loop(0, passes, settle, jnp.zeros(k.shape, kind))
 
 
 def _index(shape: tuple[int, ...]) -> jax.Array:
@@ -107,20 +106,33 @@ def top_k_mask(scores: Float[jax.Array, "*scores"], kept: jax.Array | np.ndarray
     program serves every remaining ratio. The threshold is found over the float's integer view, whose order is
     the magnitude's.
     """
-    kept = jnp.asarray(kept, jnp.int32)
-    width = jnp.finfo(scores.dtype).bits
-    keys = lax.bitcast_convert_type(jnp.abs(scores), jnp.dtype(f"uint{width}"))
-    threshold = _kth_largest(keys, kept, width - 1)
-    above, reached = _counts(keys > threshold, keys >= threshold)
-    tied = keys == threshold
+    return _top_k_masks([scores], [jnp.asarray(kept, jnp.int32)])[0]
+
+
+def _top_k_masks(scores: Sequence[jax.Array], kept: Sequence[jax.Array]) -> list[jax.Array]:
+    """`top_k_mask` of several layers of one type; all take part in each pass."""
+    k, width = jnp.stack(kept), jnp.finfo(scores[0].dtype).bits
+
+    def magnitudes() -> list[jax.Array]:
+        return [lax.bitcast_convert_type(jnp.abs(layer), jnp.dtype(f"uint{width}")) for layer in scores]
+
+    threshold = _kth_largest(magnitudes, k, width - 1)
+    keys = list(zip(magnitudes(), threshold, strict=True))
+    above, reached = jnp.stack([_counts([key > t, key >= t]) for key, t in keys], 1)
+
+    def ranks() -> list[jax.Array]:
+        """Of those at the threshold, from 1 on; 0 for the others."""
+        one = jnp.ones((), jnp.uint32)
+        return [jnp.where(key == t, _index(key.shape) + one, one - one) for key, t in keys]
 
     def cut_ties() -> jax.Array:
-        rank = jnp.where(tied, _index(scores.shape) + jnp.uint32(1), jnp.uint32(0))
-        last = _kth_largest(rank, kept - above, int(scores.size).bit_length())
-        return (keys > threshold) | (tied & (rank >= last))
+        return _kth_largest(ranks, k - above, max(layer.size for layer in scores).bit_length())
 
-    mask = lax.cond(reached == kept, lambda: keys >= threshold, cut_ties)
-    return mask & (kept > 0)
+    first = lax.cond((reached == k).all(), lambda: jnp.ones(k.shape, jnp.uint32), cut_ties)
+    return [
+        ((key > t) | (rank >= least)) & (n > 0)
+        for (key, t), rank, least, n in zip(keys, ranks(), first, k, strict=True)
+    ]
 
 
 @jax.custom_vjp
@@ -151,7 +163,8 @@ straight_through.defvjp(_forward, _backward)
 
 def masks(scores: PyTree, kept: PyTree) -> PyTree:
     """The boolean mask of every layer, in the scores' tree and shapes; `kept` as from `kept_counts`."""
-    return jax.tree.map(top_k_mask, scores, kept)
+    leaves, tree = jax.tree.flatten(scores)
+    return jax.tree.unflatten(tree, _top_k_masks(leaves, [jnp.asarray(k, jnp.int32) for k in jax.tree.leaves(kept)]))
 
 
 def materialise(params: PyTree, scores: PyTree, made: PyTree) -> PyTree:

@@ -61,7 +61,7 @@ def searched(place, attack_steps, dtype):
     many = place != "cpu"
     step = make_train_step(network(dtype), SGD, settings, mesh, batch_size=BATCH, rows=BATCH, many=many)
     state = TicketState(np.int32(0), v["params"], v["scores"], v["batch_stats"], SGD.init(v["scores"]))
-    data = Images(PIXELS, LABELS, IDS, levels=255)
+    data = Images.of(PIXELS, LABELS, IDS, levels=255)
     kept, key = subnet.kept_counts(v["scores"], 0.3), np.asarray(jax.random.key_data(jax.random.key(3)))
     state, data, order, kept = replicate((state, data, IDS, kept), mesh)
     for first in [0] if many else range(0, N, BATCH):

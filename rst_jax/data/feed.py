@@ -90,7 +90,7 @@ class Feed:
         if self.streamed:
             self.steps_per_dispatch = 1
         else:
-            self._data = replicate(Images(split.images, split.labels, split.ids, split.levels), mesh)
+            self._data = replicate(Images.of(split.images, split.labels, split.ids, split.levels), mesh)
         self._order = jax.jit(
             lambda key, epoch: epoch_order(jax.random.wrap_key_data(key), epoch, n),
             # Batches are decoded in another thread, whose programs must not come between those over the mesh.
@@ -147,8 +147,9 @@ class Feed:
         encoded = self.split.images
         assert isinstance(encoded, EncodedImages)
 
-        def examples(rows: slice) -> tuple[np.ndarray, ...]:
-            return *encoded.crops(index[rows], self.keys["step"], epoch), self.split.ids[index[rows]]
+        def examples(rows: slice) -> Images:
+            cropped, labels = encoded.crops(index[rows], self.keys["step"], epoch)
+            return Images.of(cropped, labels, self.split.ids[index[rows]], self.split.levels)
 
-        images, labels, ids = make_tree(len(index), examples, self.mesh)
-        return Images(images, labels, ids, self.split.levels)
+        made: Images = make_tree(len(index), examples, self.mesh)
+        return made

@@ -16,19 +16,30 @@ from jaxtyping import Float, Int, Key
 
 @flax.struct.dataclass
 class Images:
-    """A split on the device: images uint8 [N, H, W, C], labels int32 [N], ids int32 [N]; `levels` means 1.0.
+    """A split on the device: pixels uint8 [N, H * W * C], labels int32 [N], ids int32 [N].
 
+    An image is one row, which an accelerator gathers as it lies; images it would first lay out in another order.
     On its way there the leaves are NumPy's, and in abstract ones shapes.
+
+    Attributes:
+      shape: [H, W, C].
+      levels: the pixel that means 1.0.
     """
 
-    images: Any
+    pixels: Any
     labels: Any
     ids: Any
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
     levels: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, images: Any, labels: Any, ids: Any, levels: int) -> "Images":
+        """From images [N, H, W, C]."""
+        return cls(images.reshape(len(images), -1), labels, ids, images.shape[1:], levels)
 
     def take(self, index: jax.Array, dtype: DTypeLike = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Images in [0, 1], labels and ids at `index`."""
-        images = self.images[index].astype(dtype) / jnp.asarray(self.levels, dtype)
+        images = self.pixels[index].reshape(-1, *self.shape).astype(dtype) / jnp.asarray(self.levels, dtype)
         return images, self.labels[index], self.ids[index]
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 
-from rst_jax.models.layers import Layer, Network
+from rst_jax.models.layers import Layer, Network, joined
 
 
 class Block(nn.Module):
@@ -44,7 +44,7 @@ class Block(nn.Module):
         if self.stride != 1 or x.shape[-1] != out:
             x = self.conv(out, 1, self.stride, name=f"{self.shortcut}_0")(x)
             x = self.norm(name=f"{self.shortcut}_1")(x, train)
-        return nn.relu(x + y)
+        return joined(x, y)
 
 
 class ResNet(Network):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -102,7 +103,8 @@ def compile_step(
     make_images: Any = Images
     state = make_state(struct(), variables["params"], scores, variables["batch_stats"], opt_state)
     held = rows if streamed else n
-    images = make_images(struct(held, *image_shape, dtype=jnp.uint8), struct(held), struct(held), 255)
+    pixels = struct(held, math.prod(image_shape), dtype=jnp.uint8)
+    images = make_images(pixels, struct(held), struct(held), image_shape, 255)
     order = struct(0 if streamed else n)
     kept = jax.tree.map(lambda _: struct(), scores)
     everywhere = PartitionSpec()

@@ -113,7 +113,11 @@ def make_part(model: nn.Module, settings: Settings) -> Callable[..., tuple[PyTre
 
 
 def make_update(
-    model: nn.Module, optimizer: optax.GradientTransformation, settings: Settings, axis: str | None = None
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    axis: str | None = None,
+    cast: bool = False,
 ) -> Callable[..., tuple[TicketState, dict[str, jax.Array]]]:
     """The step on one batch: `update(state, images, labels, noise, selection) -> (state, metrics)`.
 
@@ -126,15 +130,24 @@ def make_update(
 
     Args:
       axis: the mesh axis to reduce over; None outside shard_map.
+      cast: give the network its weights in the types that it computes in, cast once a step and not once a pass.
     """
     s, differentiate = settings, make_part(model, settings)
+
+    def in_training(weights: PyTree, images: jax.Array, stats: PyTree) -> PyTree:
+        return model.apply({"params": weights, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
 
     def update(
         state: TicketState, images: jax.Array, labels: jax.Array, noise: jax.Array | None, selection: PyTree
     ) -> tuple[TicketState, dict[str, jax.Array]]:
         chex.assert_rank([images, labels], [4, 1])
         masks, trained = s.target.masks(state, selection), s.target.trained(state)
-        weights, pull_back = jax.vjp(lambda trained: s.target.weights(state, trained, masks), trained)
+
+        def made(trained: PyTree) -> PyTree:
+            weights = s.target.weights(state, trained, masks)
+            return _as_used(weights, in_training, images, state.batch_stats) if cast else weights
+
+        weights, pull_back = jax.vjp(made, trained)
         part, batch, stats = partial(differentiate, weights), (images, labels, noise), state.batch_stats
         if s.accumulate == 1:
             gradient, stats, metrics = part(stats, batch)
@@ -151,6 +164,19 @@ def make_update(
         return state.replace(step=state.step + 1, batch_stats=stats, opt_state=opt_state), metrics  # type: ignore[attr-defined]
 
     return update
+
+
+def _as_used(weights: PyTree, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
+    """The weights in the types to which `function(weights, *arguments)` casts them before it does anything else."""
+    leaves, tree = jax.tree.flatten(weights)
+    jaxpr = jax.make_jaxpr(function)(weights, *arguments).jaxpr
+
+    def type_of(leaf: jax.Array, place: int) -> jnp.dtype:
+        uses = [e for e in jaxpr.eqns if any(v is jaxpr.invars[place] for v in e.invars)]
+        types = {e.params["new_dtype"] if e.primitive.name == "convert_element_type" else leaf.dtype for e in uses}
+        return types.pop() if len(types) == 1 else leaf.dtype
+
+    return jax.tree.unflatten(tree, [leaf.astype(type_of(leaf, place)) for place, leaf in enumerate(leaves)])
 
 
 def _summed(part: Callable, stats: PyTree, parts: tuple) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
@@ -199,7 +225,10 @@ def make_train_step(
       ValueError: the devices, or the parts of a device's batch, cannot share it evenly.
     """
     per_device = _per_device(rows, mesh.size, settings.accumulate)
-    update, batch_of = make_update(model, optimizer, settings, AXIS), _make_batch(settings, per_device, streamed)
+    # A sum over parts wants gradients in full precision; on TPUs the weights would push activations out of the chip.
+    cast = settings.accumulate == 1 and mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
+    update = make_update(model, optimizer, settings, AXIS, cast)
+    batch_of = _make_batch(settings, per_device, streamed)
 
     def steps(
         state: TicketState,

@@ -115,9 +115,9 @@ def test_a_run_goes_on_with_the_short_batch_that_it_began_with():
 def test_images_in_memory_are_on_every_device_with_their_labels_ids_and_levels():
     of = split(43)
     data = next(Feed(of, 8, mesh(4), KEYS).dispatches(0, 1)).data
-    assert data.images.sharding.is_fully_replicated
-    assert len(data.images.sharding.device_set) == 4
-    for a, b in ((data.images, of.images), (data.labels, of.labels), (data.ids, of.ids)):
+    assert data.pixels.sharding.is_fully_replicated
+    assert len(data.pixels.sharding.device_set) == 4
+    for a, b in ((data.pixels.reshape(of.images.shape), of.images), (data.labels, of.labels), (data.ids, of.ids)):
         np.testing.assert_array_equal(a, b)
     assert data.levels == 16
 
@@ -134,13 +134,13 @@ def test_a_streamed_batch_is_its_crops_with_their_labels_split_over_the_devices(
     for d, (epoch, first) in zip(found, [(0, 8), (0, 16), (1, 0), (1, 8)], strict=True):
         index = order(epoch, 20)[first : first + d.rows]
         crops, labels = images.crops(index, KEYS["step"], epoch)
-        np.testing.assert_array_equal(d.data.images, crops)
+        np.testing.assert_array_equal(d.data.pixels, crops)
         np.testing.assert_array_equal(d.data.labels, labels)
         np.testing.assert_array_equal(d.data.labels, labels_of(31 - index))
         np.testing.assert_array_equal(d.data.ids, 31 - index)
-        assert (d.data.images.dtype, d.data.labels.dtype, d.data.ids.dtype) == (np.uint8, np.int32, np.int32)
-        assert len(d.data.images.sharding.device_set) == devices
-        assert d.data.images.addressable_shards[0].data.shape[0] == d.rows // devices
+        assert (d.data.pixels.dtype, d.data.labels.dtype, d.data.ids.dtype) == (np.uint8, np.int32, np.int32)
+        assert len(d.data.pixels.sharding.device_set) == devices
+        assert d.data.pixels.addressable_shards[0].data.shape[0] == d.rows // devices
     assert not threads()
 
 

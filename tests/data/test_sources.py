@@ -168,7 +168,7 @@ def test_augmentation_crops_the_padded_image_and_follows_the_example():
 
 
 def test_images_on_the_device_are_scaled():
-    data = Images(jnp.asarray([[[[16]]], [[[4]]]], jnp.uint8), jnp.asarray([1, 2]), jnp.asarray([7, 8]), levels=16)
+    data = Images.of(jnp.asarray([[[[16]]], [[[4]]]], jnp.uint8), jnp.asarray([1, 2]), jnp.asarray([7, 8]), levels=16)
     images, labels, ids = data.take(jnp.asarray([1, 0]))
     np.testing.assert_array_equal(images[:, 0, 0, 0], [0.25, 1.0])
     np.testing.assert_array_equal(labels, [2, 1])

@@ -8,7 +8,7 @@ import torch
 
 from rst_jax.initializers import init_variables
 from rst_jax.models import MODELS, ModelSpec, layers
-from rst_jax.models.layers import BatchNorm
+from rst_jax.models.layers import BatchNorm, _sums_apart, _sums_together, joined, normalised
 
 
 def shapes(model, image_shape=(32, 32, 3)):
@@ -205,6 +205,68 @@ def test_batch_norm_is_pytorchs():
     theirs.eval()
     expected = theirs(torch.tensor(x.transpose(0, 3, 1, 2))).numpy().transpose(0, 2, 3, 1)
     np.testing.assert_allclose(ours.apply(stats, jnp.asarray(x), train=False), expected, atol=1e-4)
+
+
+def two_passes(x, epsilon=1e-5):
+    """Mean, then variance, as the definition has it; differentiated by JAX."""
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    return (x - mean) / jnp.sqrt(jnp.square(x - mean).mean(axes) + epsilon)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 6, 3), (2, 3), (1, 1, 1, 2)])
+def test_normalised_and_its_gradient_are_the_definitions(shape):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, g = (jnp.asarray(rng.normal(2.0, 3.0, shape)) for _ in range(2))
+        shift = jnp.asarray(rng.normal(size=shape[-1:]))
+        y, pull_back = jax.vjp(two_passes, x)
+        got, mean, var = normalised(x, shift, 1e-5, None)
+        np.testing.assert_allclose(got, y, atol=1e-12)
+        np.testing.assert_allclose(mean, x.mean(tuple(range(x.ndim - 1))), atol=1e-12)
+        np.testing.assert_allclose(var, x.var(tuple(range(x.ndim - 1))), atol=1e-12)
+        (gradient,) = jax.vjp(lambda x: normalised(x, shift, 1e-5, None)[0], x)[1](g)
+        np.testing.assert_allclose(gradient, pull_back(g)[0], atol=1e-12)
+
+
+@pytest.mark.parametrize(("away", "most"), [(0, 1e-6), (1, 1e-6), (30, 1e-3), (1000, 1e-6)])
+def test_the_variance_of_a_channel_far_from_zero_is_right_once_the_running_mean_is_near(away, most):
+    """In float32, 1,000 deviations from zero; the running mean starts there and is `away` deviations off."""
+    x = np.random.default_rng(0).normal(1000.0, 1.0, (32, 8, 8, 2)).astype(np.float32)
+    exact = x.astype(np.float64).var((0, 1, 2))
+    if away < 1000:
+        _, mean, var = normalised(jnp.asarray(x), jnp.full(2, 1000.0 - away, jnp.float32), 1e-5, None)
+    else:  # after a hundred passes over such images
+        norm = BatchNorm()
+        stats = norm.init(jax.random.key(0), jnp.asarray(x), train=False)
+        for _ in range(100):
+            _, stats = norm.apply(stats, jnp.asarray(x), train=True, mutable=["batch_stats"])
+        mean, var = x.mean((0, 1, 2)), normalised(jnp.asarray(x), stats["batch_stats"]["mean"], 1e-5, None)[2]
+    np.testing.assert_allclose(var, exact, rtol=most)
+    np.testing.assert_allclose(mean, x.astype(np.float64).mean((0, 1, 2)), rtol=1e-6)
+
+
+def test_a_channel_that_is_constant_stays_finite():
+    y, _, var = normalised(jnp.full((8, 4, 4, 2), 1234.567), jnp.zeros(2), 1e-5, None)
+    assert (np.asarray(var) >= 0).all()
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 6, 3), (7, 3), (2, 64, 64, 2)])
+def test_sums_of_one_reduction_are_those_of_two(shape):
+    a, b = (jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32) for seed in (0, 1))
+    for one, other in zip(_sums_together(a, b), _sums_apart(a, b), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_end_of_a_residual_block_has_the_gradient_of_a_rectified_sum():
+    x, y, g = (jnp.asarray(np.random.default_rng(seed).normal(size=(3, 4)), jnp.float32) for seed in range(3))
+    x = x.at[0].set(-y[0])  # at zero it is zero
+    out, pull_back = jax.vjp(lambda x, y: jax.nn.relu(x + y), x, y)
+    ours, ours_back = jax.vjp(joined, x, y)
+    np.testing.assert_array_equal(ours, out)
+    for one, other in zip(ours_back(g), pull_back(g), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 2)])

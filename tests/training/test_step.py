@@ -31,7 +31,7 @@ KEY = np.asarray(jax.random.key_data(jax.random.key(5)))
 
 def data():
     rng = np.random.default_rng(0)
-    return Images(
+    return Images.of(
         jnp.asarray(rng.integers(0, 256, (N, 8, 8, 1), np.uint8)),
         jnp.asarray(rng.integers(0, 10, N), jnp.int32),
         jnp.arange(N, dtype=jnp.int32),
