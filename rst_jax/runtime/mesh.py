@@ -37,6 +37,11 @@ def on_cpu(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
+def on_gpu(mesh: Mesh) -> bool:
+    """Whether the mesh is of GPUs."""
+    return mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
+
+
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Arrays that every process holds alike, as global arrays on every device."""
     sharding = NamedSharding(mesh, PartitionSpec())

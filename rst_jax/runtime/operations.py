@@ -1,7 +1,7 @@
 """How many operations a program asks for: those of its convolutions and matrix products, by formula."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -81,16 +81,21 @@ def _product(equation: Any) -> int:
 
 
 def _convolution(equation: Any) -> int:
-    """Along each axis of the image: the window's elements, each at as many places as the shorter side has.
-
-    The longer side's other places meet padding or the holes of a dilation. (So a window larger than the image counts
-    a little less in the gradient for the kernel than in the forward pass.)
-    """
     (image, kernel), (out,) = ([v.aval.shape for v in side] for side in (equation.invars, equation.outvars))
     dims = equation.params["dimension_numbers"]
     axes = zip(dims.lhs_spec[2:], dims.rhs_spec[2:], dims.out_spec[2:], strict=True)
-    places = math.prod(kernel[k] * min(image[i], out[o]) for i, k, o in axes)
-    return 2 * math.prod(out[axis] for axis in dims.out_spec[:2]) * kernel[dims.rhs_spec[1]] * places
+    planes = math.prod(out[axis] for axis in dims.out_spec[:2])
+    return convolution(planes, kernel[dims.rhs_spec[1]], [(image[i], kernel[k], out[o]) for i, k, o in axes])
+
+
+def convolution(planes: int, inputs: int, axes: Sequence[tuple[int, int, int]]) -> int:
+    """Of a convolution to so many planes of an image, each from so many inputs.
+
+    Along each axis (image, window, output): the window's elements, each at as many places as the shorter side has.
+    The longer side's other places meet padding or the holes of a dilation. (So a window larger than the image counts
+    a little less in the gradient for the kernel than in the forward pass.)
+    """
+    return 2 * planes * inputs * math.prod(window * min(image, out) for image, window, out in axes)
 
 
 def outputs(function: Callable[..., PyTree], *args: PyTree) -> int:

@@ -4,6 +4,8 @@ Nothing heavy is imported here before it is needed.
 """
 
 import contextlib
+import glob
+import importlib.util
 import os
 import re
 import signal
@@ -154,7 +156,8 @@ def find_devices() -> None:
     import jax
 
     try:
-        jax.devices()
+        with without_standard_error() if _compilers_alone() else contextlib.nullcontext():
+            jax.devices()
     except Exception as error:  # each platform raises its own
         if re.search("DEADLINE_EXCEEDED|UNAVAILABLE", str(error)) and jax.distributed.is_initialized():
             raise Lost(_LOST.format(f" ({cause(error)})")) from error
@@ -162,6 +165,34 @@ def find_devices() -> None:
         hint = f"JAX_PLATFORMS={asked} cannot be had here" if asked else "no device can be used"
         told = cause(error).rstrip(".") if str(error) else "JAX finds no such device"
         raise ValueError(f"{hint}: {told}.") from error
+
+
+def _compilers_alone() -> bool:
+    """Whether libraries are here that serve `plan` as compilers and find no device of theirs, which they would tell."""
+    tpus = any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/*"))
+    cuda = is_installed("jax_plugins.xla_cuda13") and not is_installed("jax_cuda13_plugin")
+    return cuda or (is_installed("libtpu") and not tpus)
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported; the packages around it are, but not the module."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def without_standard_error() -> Iterator[None]:
+    """Of this process and its libraries; what they raise is raised."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def keep_programs(folder: str) -> None:

@@ -24,7 +24,7 @@ from rst_jax.attacks import pgd
 from rst_jax.config import PGDSettings
 from rst_jax.data.pipeline import Images, augment, example_keys
 from rst_jax.losses import correct, cross_entropy
-from rst_jax.runtime.mesh import AXIS
+from rst_jax.runtime.mesh import AXIS, on_gpu
 from rst_jax.threat import ThreatModel
 from rst_jax.training.state import TicketState
 from rst_jax.training.target import Target
@@ -93,7 +93,8 @@ def make_part(model: nn.Module, settings: Settings) -> Callable[..., tuple[PyTre
 
     def part(weights: PyTree, stats: PyTree, batch: _Batch) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
         images, labels, noise = batch
-        adversarial, stats = attack(weights, images, labels, noise, stats)
+        with jax.named_scope("attack"):
+            adversarial, stats = attack(weights, images, labels, noise, stats)
         adversarial = lax.stop_gradient(adversarial)
 
         def loss_at(weights: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
@@ -106,7 +107,8 @@ def make_part(model: nn.Module, settings: Settings) -> Callable[..., tuple[PyTre
             }
             return jnp.mean(losses), (after, metrics)
 
-        gradient, (stats, metrics) = jax.grad(loss_at, has_aux=True)(weights)
+        with jax.named_scope("gradient"):
+            gradient, (stats, metrics) = jax.grad(loss_at, has_aux=True)(weights)
         return gradient, stats, metrics
 
     return part
@@ -130,7 +132,8 @@ def make_update(
 
     Args:
       axis: the mesh axis to reduce over; None outside shard_map.
-      cast: give the network its weights in the types that it computes in, cast once a step and not once a pass.
+      cast: give the network its weights in the types that it computes in, cast once a step and not once a pass. (On
+        TPUs they would push activations out of the chip; and a sum over parts wants gradients in full precision.)
     """
     s, differentiate = settings, make_part(model, settings)
 
@@ -141,13 +144,15 @@ def make_update(
         state: TicketState, images: jax.Array, labels: jax.Array, noise: jax.Array | None, selection: PyTree
     ) -> tuple[TicketState, dict[str, jax.Array]]:
         chex.assert_rank([images, labels], [4, 1])
-        masks, trained = s.target.masks(state, selection), s.target.trained(state)
+        with jax.named_scope("masks"):
+            masks, trained = s.target.masks(state, selection), s.target.trained(state)
 
         def made(trained: PyTree) -> PyTree:
             weights = s.target.weights(state, trained, masks)
             return _as_used(weights, in_training, images, state.batch_stats) if cast else weights
 
-        weights, pull_back = jax.vjp(made, trained)
+        with jax.named_scope("masks"):
+            weights, pull_back = jax.vjp(made, trained)
         part, batch, stats = partial(differentiate, weights), (images, labels, noise), state.batch_stats
         if s.accumulate == 1:
             gradient, stats, metrics = part(stats, batch)
@@ -155,12 +160,13 @@ def make_update(
             parts = jax.tree.map(lambda x: x.reshape(s.accumulate, -1, *x.shape[1:]), batch)
             gradient, stats, metrics = _summed(part, stats, parts)
             gradient = jax.tree.map(lambda g: g / s.accumulate, gradient)
-        (gradient,) = pull_back(gradient)
-        if axis:
-            gradient, stats = lax.pmean((gradient, stats), axis)
-            metrics = lax.psum(metrics, axis)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
-        state = s.target.updated(state, optax.apply_updates(trained, s.target.allowed(updates, masks)))
+        with jax.named_scope("update"):
+            (gradient,) = pull_back(gradient)
+            if axis:
+                gradient, stats = lax.pmean((gradient, stats), axis)
+                metrics = lax.psum(metrics, axis)
+            updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+            state = s.target.updated(state, optax.apply_updates(trained, s.target.allowed(updates, masks)))
         return state.replace(step=state.step + 1, batch_stats=stats, opt_state=opt_state), metrics  # type: ignore[attr-defined]
 
     return update
@@ -225,9 +231,7 @@ def make_train_step(
       ValueError: the devices, or the parts of a device's batch, cannot share it evenly.
     """
     per_device = _per_device(rows, mesh.size, settings.accumulate)
-    # A sum over parts wants gradients in full precision; on TPUs the weights would push activations out of the chip.
-    cast = settings.accumulate == 1 and mesh.devices.flat[0].platform in ("gpu", "cuda", "rocm")
-    update = make_update(model, optimizer, settings, AXIS, cast)
+    update = make_update(model, optimizer, settings, AXIS, cast=on_gpu(mesh) and settings.accumulate == 1)
     batch_of = _make_batch(settings, per_device, streamed)
 
     def steps(
@@ -273,6 +277,7 @@ def _make_batch(
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]]:
     """A device's part of a batch, augmented: `batch(state, data, order, first, key) -> (images, labels, noise)`."""
 
+    @jax.named_scope("data")
     def batch(state: TicketState, data: Images, order: jax.Array, first: jax.Array, key: jax.Array) -> _Batch:
         place = jnp.arange(per_device, dtype=jnp.int32)
         if not streamed:

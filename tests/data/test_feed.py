@@ -134,7 +134,8 @@ def test_a_streamed_batch_is_its_crops_with_their_labels_split_over_the_devices(
     for d, (epoch, first) in zip(found, [(0, 8), (0, 16), (1, 0), (1, 8)], strict=True):
         index = order(epoch, 20)[first : first + d.rows]
         crops, labels = images.crops(index, KEYS["step"], epoch)
-        np.testing.assert_array_equal(d.data.pixels, crops)
+        np.testing.assert_array_equal(d.data.pixels.reshape(crops.shape), crops)
+        assert d.data.shape == crops.shape[1:]
         np.testing.assert_array_equal(d.data.labels, labels)
         np.testing.assert_array_equal(d.data.labels, labels_of(31 - index))
         np.testing.assert_array_equal(d.data.ids, 31 - index)
