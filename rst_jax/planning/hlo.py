@@ -21,7 +21,7 @@ class Kernel:
 
     Attributes:
       name, opcode: as in the text.
-      source: the operation that it came from, a path of scopes.
+      source: the operation that it, or the last in it that says so, came from: a path of scopes.
       runs: in one call of the program.
       bytes: of one run, to and from the device's memory.
       operations: of one run: those of its convolutions and products, by formula. float32: whether in that type.
@@ -53,6 +53,7 @@ _NO_KERNEL = re.compile(
     r"parameter|constant|get-tuple-element|tuple|bitcast|after-all|opt-barrier|add-dependency|partition-id|replica-id"
     r"|.*-done|.*-update"
 )
+_SOURCE = r'op_name="([^"]*)"'
 _SLICES = ("gather", "dynamic-slice", "slice")
 
 
@@ -122,10 +123,11 @@ class Program:
         inner = self.computations[each.called("calls")[0]] if each.opcode == "fusion" else None
         operations, float32 = self._operations(scope, each)
         cycles = each.told(r'"estimated_cycles":"(\d+)"')
+        inside = [part.told(_SOURCE) for part in reversed((inner or {}).values())]
         return Kernel(
             each.name,
             each.opcode,
-            each.told(r'op_name="([^"]*)"'),
+            next(filter(None, [each.told(_SOURCE), *inside]), ""),
             runs,
             _moved(scope, each, inner),
             operations,
