@@ -1,6 +1,7 @@
 """Drawing tickets: a mask searched at every remaining ratio, and the dense network to compare with."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from rst_jax.tickets.store import save_tickets
 from rst_jax.tickets.ticket import Kind, Origin, Ticket
 from rst_jax.training.loop import Job
 from rst_jax.training.state import TicketState
-from rst_jax.training.target import Scores, Weights
+from rst_jax.training.target import Scores, Target, Weights
 
 
 def search(run: Run) -> None:
@@ -52,7 +53,7 @@ def _draw(run: Run, job: Job, variables: dict[str, PyTree], selection: PyTree, k
             )
         run.say(f"{job.name}: already drawn")
         return
-    masks_of = jax.jit(job.target.masks)
+    masks_of = _masks_of(job.target)
     start = time.monotonic()
     best = run.trainer.run(job, variables, selection, _validation(run, job, masks_of, selection))
     c, masks = run.config, jax.tree.map(np.asarray, masks_of(best.state, selection))
@@ -78,15 +79,23 @@ def _draw(run: Run, job: Job, variables: dict[str, PyTree], selection: PyTree, k
     )
 
 
+_masked = jax.jit(subnet.apply_masks)
+
+
+@functools.cache
+def _masks_of(target: Target) -> Callable[[TicketState, PyTree], PyTree]:
+    """The masks of a state as a program, which all jobs of a target share."""
+    return jax.jit(target.masks)
+
+
 def _validation(
     run: Run, job: Job, masks_of: Callable[[TicketState, PyTree], PyTree], selection: PyTree
 ) -> Callable[[TicketState], tuple[float, float]]:
     """Natural and robust accuracy of a state on the images that choose the best one."""
-    masked = jax.jit(subnet.apply_masks)
     split = run.dataset.holdout if run.config.select_on == "holdout" else run.dataset.test
 
     def validate(state: TicketState) -> tuple[float, float]:
-        variables = {"params": masked(state.params, masks_of(state, selection)), "batch_stats": state.batch_stats}
+        variables = {"params": _masked(state.params, masks_of(state, selection)), "batch_stats": state.batch_stats}
         return run.evaluator.accuracies(variables, split)
 
     return validate
