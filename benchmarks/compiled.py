@@ -144,7 +144,11 @@ def measure(name: str, there: Topology, devices: list[jax.Device], timed: bool) 
         else:
             beside = count([k for k in kernels if not of_network(k, network)], chip)
             told["beside the network"] = dataclasses.asdict(beside)
-            print(f"    beside the network's passes {100 * beside.bytes / whole.bytes:.1f} % of the bytes", flush=True)
+            shares = 100 * beside.bytes / whole.bytes, 100 * beside.best / whole.best
+            print(
+                "    beside the network's passes {:.1f} % of the bytes, {:.1f} % of the time".format(*shares),
+                flush=True,
+            )
         if timed:
             told["measured"] = took = seconds_here(made)
             print(f"    measured {1e3 * took:.2f} ms, predicted {whole.best / took:.2f} of it", flush=True)

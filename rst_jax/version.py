@@ -1,3 +1,3 @@
 """The version; the top entry of CHANGELOG.md names the same one."""
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"

@@ -1,6 +1,10 @@
 import importlib
 import json
+import os
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -126,3 +130,17 @@ def test_the_counts_of_a_small_networks_step_are_what_they_were(topology):
     step = make_plan(config("digits"), topology).parts["step"]
     assert step.kernels == pytest.approx(kernels, rel=0.02)
     assert step.bytes == pytest.approx(moved, rel=0.02)
+
+
+@pytest.mark.slow
+@needs("h100:1")
+@needs("v5e:1x1")
+def test_installed_compilers_disturb_no_other_command(tmp_path):
+    root = Path(__file__).parent.parent.parent
+    ticket = next((root / "zoo").glob("digits-*-0.3-*.ticket"))
+    asked = ["evaluate", str(ticket), "--dataset=digits", "--eps=0.12", "--attacks=fgsm", "--examples=10"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    command = [sys.executable, "-m", "rst_jax", *asked]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "FGSM" in done.stdout
