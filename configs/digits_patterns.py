@@ -5,9 +5,9 @@
 The same command, started several times at once, shares the six runs. `--config=configs/digits_patterns.py:smoke` tries
 all of it on few images.
 
-Measured in 5.5 minutes on 2 shared cores of a CPU: PGD-20 accuracy (20 steps of .012, 1 start, eps .12) on the 360 test
-images, mean +- standard deviation over the seeds 0 to 2, float32: single weights 78.2 +- 2.2 % at ratio .1 and
-81.9 +- 1.7 % at .3; rows 64.0 +- 3.3 % and 74.6 +- 1.9 %.
+Measured in five minutes on 2 shared cores of a CPU: PGD-20 accuracy (20 steps of .012, 1 start, eps .12) on the 360 test
+images, mean +- standard deviation over the seeds 0 to 2, float32: single weights 81.0 +- 1.1 % at ratio .1 and
+82.2 +- .7 % at .3; rows 66.9 +- 3.6 % and 74.8 +- 2.5 %.
 """
 
 from collections.abc import Iterator

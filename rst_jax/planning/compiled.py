@@ -80,9 +80,15 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
                     topology=f"1x{-(-topology.chips // island)}x{island}",
                 )
             else:
-                described = topologies.get_topology_desc(platform="tpu", topology_name=topology.text)
+                one = {"v5e:1": "v5e:1x1", "v6e:1": "v6e:1x1"}
+                name = one.get(topology.text, topology.text)
+                described = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # the library's own kinds
-        raise ValueError(f"--topology={topology.text}: the compiler does not make this topology ({error}).") from error
+        axes = "" if topology.gpu else " A slice has two axes, as v5e:4x4, or three, as v5p:2x2x1."
+        reason = str(error).rstrip(".")
+        raise ValueError(
+            f"--topology={topology.text}: the compiler does not make this topology ({reason}).{axes}"
+        ) from error
     return list(described.devices)
 
 
