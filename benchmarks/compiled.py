@@ -126,15 +126,14 @@ def of_network(kernel: Kernel, name: str) -> bool:
     return kernel.operations > 0 or name in kernel.source
 
 
-def measure(name: str, there: Topology, devices: list[jax.Device], timed: bool) -> dict[str, Any]:
-    """All programs of a configuration on one chip; printed as they come."""
-    subject = Subject.of(name, there, devices)
-    chip, found, network = there.chip, dict[str, Any](), type(subject.spec.make()).__name__
+def measure(subject: Subject, name: str, timed: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All programs of a configuration on one chip, by name; printed as they come."""
+    there, chip, network = subject.topology, subject.topology.chip, type(subject.spec.make()).__name__
     print(f"\n{name} on {there.text}, {subject.config.batch_size} images", flush=True)
     for title, made in subject.programs():
         kernels = made.program.kernels
         whole = count(kernels, chip)
-        told = found[title] = {"step": dataclasses.asdict(whole), "memory": made.memory}
+        told: dict[str, Any] = {"step": dataclasses.asdict(whole), "memory": made.memory}
         show(title, whole, made)
         if title.endswith("search"):
             print(kernels_text(kernels, chip, 10), flush=True)
@@ -152,7 +151,7 @@ def measure(name: str, there: Topology, devices: list[jax.Device], timed: bool) 
         if timed:
             told["measured"] = took = seconds_here(made)
             print(f"    measured {1e3 * took:.2f} ms, predicted {whole.best / took:.2f} of it", flush=True)
-    return found
+        yield title, told
 
 
 def seconds_here(made: Compiled, calls: int = 20) -> float:
@@ -206,8 +205,10 @@ def main() -> None:
         there = parse_topology(topology)
         devices = [device] if here else topology_devices(there)
         for name in [o.config] if o.config else IMAGES:
-            found[f"{name}, {topology}"] = measure(name, there, devices, here)
-            write_json(out, {**found, "provenance": dataclasses.asdict(provenance())})
+            those = found.setdefault(f"{name}, {topology}", {})
+            for title, told in measure(Subject.of(name, there, devices), name, here):
+                those[title] = told
+                write_json(out, {**found, "provenance": dataclasses.asdict(provenance())})
 
 
 if __name__ == "__main__":
