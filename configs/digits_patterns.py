@@ -5,7 +5,7 @@
 The same command, started several times at once, shares the six runs. `--config=configs/digits_patterns.py:smoke` tries
 all of it on few images.
 
-Measured in five minutes on 2 shared cores of a CPU: PGD-20 accuracy (20 steps of .012, 1 start, eps .12) on the 360 test
+Measured in five minutes on 2 shared cores of a CPU: PGD-20 accuracy (20 steps of .012, 1 start, eps .12) on 360 test
 images, mean +- standard deviation over the seeds 0 to 2, float32: single weights 81.0 +- 1.1 % at ratio .1 and
 82.2 +- .7 % at .3; rows 66.9 +- 3.6 % and 74.8 +- 2.5 %.
 """
