@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -123,7 +124,7 @@ def make_plan(config: Config, topology: str) -> Plan:
         compiled = compile_step(config, mesh, variables, image_shape, classes, n)
     except ImportError as error:
         why_not = str(error)
-    floor, chip = _floor(config, variables, image_shape), there.chip
+    floor, chip = _floor(model, variables, image_shape, config.attack.steps), there.chip
     by_formula = chip.seconds(floor.traffic, floor.operations), floor.fixed / chip.bandwidth
     parts, kinds, (an_image, fixed) = {}, {}, by_formula
     if compiled:
@@ -172,8 +173,7 @@ def parts_of(kernels: list[Kernel], topology: Topology, attack_steps: int) -> di
     }
 
 
-def _floor(config: Config, variables: PyTree, image_shape: tuple[int, ...]) -> Floor:
-    model = ModelSpec(config.model, data_of(config)[2], (0.5,) * image_shape[-1], (0.25,) * image_shape[-1]).make()
+def _floor(model: nn.Module, variables: PyTree, image_shape: tuple[int, ...], attack_steps: int) -> Floor:
     shown = {k: variables[k] for k in ("params", "batch_stats")}
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
@@ -182,9 +182,9 @@ def _floor(config: Config, variables: PyTree, image_shape: tuple[int, ...]) -> F
 
     scores, weights = (sum(math.prod(x.shape) for x in jax.tree.leaves(variables[k])) for k in ("scores", "params"))
     return Floor(
-        step_operations(operations(forward, shown, image), config.attack.steps),
-        2.0 * outputs(forward, shown, image) * _PASSES * (config.attack.steps + 1),
-        4 * scores * (_MASK_PASSES + 6) + 2 * weights * (2 * config.attack.steps + 3),
+        step_operations(operations(forward, shown, image), attack_steps),
+        2.0 * outputs(forward, shown, image) * _PASSES * (attack_steps + 1),
+        4 * scores * (_MASK_PASSES + 6) + 2 * weights * (2 * attack_steps + 3),
     )
 
 
