@@ -64,6 +64,9 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     if not is_installed("jax_plugins.xla_cuda13" if topology.gpu else "libtpu"):
         wheel = "jax-cuda13-pjrt" if topology.gpu else "libtpu"
         raise ImportError(f'the compiler for {topology.name} is missing: pip install "rst_jax[plan]", or {wheel} alone')
+    island = min(topology.chips, topology.chip.island)
+    if topology.chips % island:
+        raise ValueError(f"--topology={topology.text}: more than {island} GPUs are whole hosts of {island}.")
     from jax.experimental import topologies
 
     # Nothing but the compiler is asked of the library: it need not look for a TPU and its neighbours.
@@ -72,12 +75,11 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
         with without_standard_error():
             if topology.gpu:
                 target = resources.files("rst_jax.planning").joinpath("targets", f"{topology.name}.txt").read_text()
-                island = min(topology.chips, topology.chip.island)
                 described = topologies.get_topology_desc(
                     platform="cuda",
                     topology_name=topology.name,
                     target_config=target,
-                    topology=f"1x{-(-topology.chips // island)}x{island}",
+                    topology=f"1x{topology.chips // island}x{island}",
                 )
             else:
                 one = {"v5e:1": "v5e:1x1", "v6e:1": "v6e:1x1"}

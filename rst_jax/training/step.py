@@ -69,9 +69,7 @@ def make_part(model: nn.Module, settings: Settings) -> Callable[..., tuple[PyTre
     loss_of = partial(cross_entropy, smoothing=s.label_smoothing)
 
     def forward(weights: PyTree, images: jax.Array, stats: PyTree) -> tuple[jax.Array, PyTree]:
-        logits, changed = model.apply(
-            {"params": weights, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
-        )
+        logits, changed = _in_training(model, weights, images, stats)
         return logits, changed.get("batch_stats", stats)
 
     def attack(
@@ -137,9 +135,6 @@ def make_update(
     """
     s, differentiate = settings, make_part(model, settings)
 
-    def in_training(weights: PyTree, images: jax.Array, stats: PyTree) -> PyTree:
-        return model.apply({"params": weights, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
-
     def update(
         state: TicketState, images: jax.Array, labels: jax.Array, noise: jax.Array | None, selection: PyTree
     ) -> tuple[TicketState, dict[str, jax.Array]]:
@@ -149,7 +144,7 @@ def make_update(
 
         def made(trained: PyTree) -> PyTree:
             weights = s.target.weights(state, trained, masks)
-            return _as_used(weights, in_training, images, state.batch_stats) if cast else weights
+            return _as_used(weights, partial(_in_training, model), images, state.batch_stats) if cast else weights
 
         with jax.named_scope("masks"):
             weights, pull_back = jax.vjp(made, trained)
@@ -170,6 +165,11 @@ def make_update(
         return state.replace(step=state.step + 1, batch_stats=stats, opt_state=opt_state), metrics  # type: ignore[attr-defined]
 
     return update
+
+
+def _in_training(model: nn.Module, weights: PyTree, images: jax.Array, stats: PyTree) -> tuple[jax.Array, PyTree]:
+    """Logits, and the collections that a forward pass changes."""
+    return model.apply({"params": weights, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])
 
 
 def _as_used(weights: PyTree, function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:

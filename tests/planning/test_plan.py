@@ -122,6 +122,8 @@ def test_the_step_compiled_for_chips_that_are_not_here(topology, tmp_path, capsy
 @needs("a100:16")
 def test_gpus_of_several_hosts_are_a_topology():
     assert len(compiled.topology_devices(parse_topology("a100:16"))) == 16
+    with pytest.raises(ValueError, match="whole hosts of 8"):
+        compiled.topology_devices(parse_topology("h100:12"))
 
 
 @needs("v5e:1")
